@@ -13,15 +13,17 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 LAYERS = (
-    ("forward_pass", "visualization"),
-    ("attention_internals", "tokenization", "array_formats", "tagged_json"),
+    ("sites", "token_labels"),
+    ("module_taps", "figures", "embedding_figures", "interactive_figures", "dimensionality"),
+    ("forward_pass",),
+    ("attention_internals", "tokenization"),
+    ("structure_probe", "array_formats", "tagged_json"),
     ("model_architecture", "array_files"),
-    ("architecture_check", "model_loader"),
-    ("activation_record",),
+    ("architecture_check", "model_loader", "activation_record"),
     ("record_files", "activation_statistics"),
-    ("activation_extraction",),
-    ("generation",),
-    ("logit_lens", "intervention"),
+    ("activation_extraction", "lens_metrics", "lens_result", "tuned_lens"),
+    ("generation", "logit_lens"),
+    ("visualization", "intervention"),
     ("model_analyzer",),
     ("analyzer_demo", "examples"),
 )

@@ -1,0 +1,418 @@
+"""Which module is what: found in a model's structure, proved by numbers, with no table of families.
+
+The blocks are the outermost ``ModuleList`` with as many entries as the config has hidden layers;
+what they are made of is found by watching one short forward pass (`structure_probe`), once per
+model, when first needed. `Architecture` binds what was found to the live model, and is what the
+engine (`forward_pass`) runs on. `resolve_layer` is the one helper that understands every spelling
+of a layer. `architecture_check.check_architecture` proves the result by numbers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from attention_internals import PARTS, AttentionTap
+from forward_pass import (
+    SITES,
+    ArchitectureError,
+    LayerError,
+    ModuleTap,
+    Site,
+    SiteError,
+    Tap,
+)
+from structure_probe import PROBE_LENGTH, BlockStructure, ModelStructure, probe_structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Layer = int | str
+"""A block: an index (negative from the end), or its dotted name with or without leading parts."""
+
+
+# --- Layers and their spellings -------------------------------------------------------------------
+
+
+def resolve_layer(layer: Layer, names: Sequence[str]) -> int:
+    """The index of a block, however it is spelled.
+
+    Args:
+        layer: ``5``, ``"5"``, ``-1``, ``"h.5"``, ``"transformer.h.5"``.
+        names: The blocks' full names, in order.
+
+    Returns:
+        0 to ``len(names) - 1``.
+
+    Raises:
+        LayerError: there is no such block; the message names the valid range and the nearest name.
+    """
+    n_layers = len(names)
+    index: int | None
+    if isinstance(layer, bool) or not isinstance(layer, int | str):
+        index = _as_index(layer)
+    else:
+        index = int(layer) if re.fullmatch(r"[+-]?\d+", str(layer).strip()) else None
+    if index is not None:
+        if -n_layers <= index < n_layers:
+            return index % n_layers
+        raise LayerError(
+            f"layer {index} is out of range: this model has {n_layers} blocks, "
+            f"valid are 0..{n_layers - 1} or -{n_layers}..-1 "
+            f"(0 is the first block, named {names[0]!r}; the embedding is the site 'embed')"
+        )
+    spelled = str(layer).strip()
+    matches = [i for i, name in enumerate(names) if f".{name}".endswith(f".{spelled}")]
+    if spelled and len(matches) == 1:
+        return matches[0]
+    raise LayerError(
+        f"no layer {spelled!r}: valid are 0..{n_layers - 1} "
+        f"or a name from {names[0]!r} to {names[-1]!r}; "
+        f"the nearest is {_nearest(spelled, names)!r}"
+    )
+
+
+def _as_index(layer: Any) -> int:
+    """Integers that are not ``int`` (NumPy's, a tensor's); anything else is an error."""
+    if not isinstance(layer, bool):
+        try:
+            return int(layer.__index__())
+        except (AttributeError, TypeError):
+            pass
+    raise LayerError(f"a layer is an index or a name, not {type(layer).__name__} ({layer!r})")
+
+
+def _nearest(spelled: str, names: Sequence[str]) -> str:
+    """The name most like what was typed: the same number if there is one, else by letters."""
+    number = re.search(r"\d+", spelled)
+    if number and int(number.group()) < len(names):
+        return names[int(number.group())]
+    return max(names, key=lambda name: difflib.SequenceMatcher(None, spelled, name).ratio())
+
+
+# --- The architecture of a live model -------------------------------------------------------------
+
+
+class Architecture:
+    """A model and the knowledge of which module is what. Implements `forward_pass.Wiring`.
+
+    Making one is cheap; what was found is remembered per model for as long as the model lives.
+
+    Args:
+        model: A causal language model, or its base model without a head.
+
+    Raises:
+        ArchitectureError: it is an encoder-decoder, or no list of blocks is found.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config = text_config(model.config)
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ArchitectureError(
+                f"{type(model).__name__} is an encoder-decoder; "
+                "this toolkit analyses decoder-only language models"
+            )
+        self.blocks_path, blocks = _find_blocks(model, self.config)
+        self.blocks = cast(Sequence[nn.Module], blocks)
+        parent, _, _ = self.blocks_path.rpartition(".")
+        self.body: nn.Module = model.get_submodule(parent)
+        self.has_head: bool = _find_head(model) is not None
+        self.name_prefix = _base_prefix(model)
+        self.layer_names = [
+            f"{self.name_prefix}{self.blocks_path}.{i}" for i in range(len(self.blocks))
+        ]
+
+    def __repr__(self) -> str:
+        where = f"{self.n_layers} blocks at {self.blocks_path!r}"
+        return f"Architecture({type(self.model).__name__}, {where})"
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.config.hidden_size)
+
+    @cached_property
+    def _found(self) -> ModelStructure:
+        """What the probe found, remembered until a module of the model is replaced."""
+        fingerprint = hash(tuple(id(module) for module in self.model.modules()))
+        known = _KNOWN.get(self.model)
+        if known is None or known[0] != fingerprint:
+            ids = torch.arange(1, PROBE_LENGTH + 1).remainder(self.config.vocab_size)[None]
+            found = probe_structure(
+                self.model, self.body, self.blocks, self.config, self.inputs(ids)
+            )
+            known = (fingerprint, found)
+            _KNOWN[self.model] = known
+        return known[1]
+
+    @property
+    def structure(self) -> tuple[BlockStructure, ...]:
+        """What each block is made of, found by one short forward pass when first asked for."""
+        return self._found.blocks
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm between the last block and the head; None where there is none."""
+        path = self._found.final_norm
+        return None if path is None else self.body.get_submodule(path)
+
+    @cached_property
+    def blocks_return_tuples(self) -> list[bool]:
+        """Whether each block returns a tuple rather than a tensor."""
+        return [block.returns_tuple for block in self.structure]
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids must lie: the device of the embedding."""
+        embedding: Any = self.model.get_input_embeddings()
+        return embedding.weight.device
+
+    @property
+    def stream_device(self) -> torch.device:
+        """Where the residual stream leaves the last block."""
+        return next(self.blocks[-1].parameters()).device
+
+    @cached_property
+    def forward_parameters(self) -> set[str]:
+        """Names of the arguments that the body's ``forward`` takes."""
+        return set(inspect.signature(self.body.forward).parameters)
+
+    def resolve(self, layer: Layer) -> int:
+        """The index of a block in any spelling. See `resolve_layer`."""
+        return resolve_layer(layer, self.layer_names)
+
+    def inputs(self, token_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """What the model's ``forward`` takes, with the right positions for a padded batch.
+
+        Args:
+            token_ids: ``[batch, position]``.
+            attention_mask: ``[batch, position]``, 0 at padding; None where there is none.
+
+        Returns:
+            ``input_ids``, and where there is padding ``attention_mask`` and, if the model takes
+            them, ``position_ids`` counted from each row's first real token.
+        """
+        inputs = {"input_ids": token_ids.to(self.input_device)}
+        if attention_mask is not None and not bool(attention_mask.all()):
+            mask = attention_mask.to(self.input_device)
+            inputs["attention_mask"] = mask
+            if "position_ids" in self.forward_parameters:
+                inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return inputs
+
+    def require_head(self, purpose: str) -> None:
+        """Raise ArchitectureError if the model was loaded without its language-model head."""
+        if not self.has_head:
+            raise ArchitectureError(
+                f"{purpose} needs the language-model head, and {type(self.model).__name__} has "
+                "none: load it with load_for_generation=True (AutoModelForCausalLM)"
+            )
+
+    # Names of parts, one per block ------------------------------------------------------------
+
+    def part_name(self, layer: int, part: str) -> str | None:
+        """Full dotted name of one of a block's parts; None if the block has no such part.
+
+        Args:
+            layer: The block's index.
+            part: ``attention``, ``mlp``, ``out_proj`` or ``down_proj``.
+        """
+        path = getattr(self.structure[layer], part)
+        return None if path is None else f"{self.layer_names[layer]}.{path}".rstrip(".")
+
+    def heads(self, layer: int) -> tuple[int, int]:
+        """How many query heads and key/value heads a block has (0, 0 where it does not attend)."""
+        return self.structure[layer].n_heads, self.structure[layer].n_kv_heads
+
+    def project_head(self, z: Tensor, layer: int, head: int) -> Tensor:
+        """What one head writes: its z through its slice of the output projection, without the bias.
+
+        Args:
+            z: ``[…, head, d_head]``, the site ``head_out`` of this layer.
+            layer: The block.
+            head: Which head, from 0.
+
+        Returns:
+            ``[…, d_model]``; in a block with a norm after attention, before that norm.
+
+        Raises:
+            SiteError: the block has no output projection of heads.
+        """
+        path = self.structure[layer].out_proj
+        if path is None:
+            raise SiteError(self.missing(Site("head_out", layer)))
+        projection = self.blocks[layer].get_submodule(path)
+        only = torch.zeros_like(z)
+        only[..., head, :] = z[..., head, :]
+        nothing = projection(torch.zeros_like(z[..., :1, :]).expand_as(z).flatten(-2))
+        return projection(only.flatten(-2)) - nothing
+
+    # Sites -------------------------------------------------------------------------------------
+
+    def tap(self, site: Site) -> Tap:
+        """How to reach a site. See `forward_pass.Wiring`.
+
+        Raises:
+            SiteError: there is no such site, or this model does not have it; the message says why.
+            LayerError: there is no such block.
+        """
+        name, layer = site
+        if name not in SITES:
+            raise SiteError(f"no site {name!r}; sites are {', '.join(SITES)}")
+        if not 0 <= layer < self.n_layers:
+            resolve_layer(layer, self.layer_names)
+            raise LayerError(
+                f"a Site counts layers from 0 to {self.n_layers - 1}; resolve {layer} first"
+            )
+        block = self.blocks[layer]
+        if name == "resid_post":
+            return ModuleTap(block)
+        if name == "resid_pre" or (name == "embed" and layer == 0):
+            return ModuleTap(block, at_input=True)
+        if name == "embed":
+            raise SiteError("the site 'embed' is the input of block 0; it has no other layer")
+        why = self.missing(site)
+        if why:
+            raise SiteError(why)
+        return self._inner_tap(name, self.structure[layer], block)
+
+    def _inner_tap(self, name: str, found: BlockStructure, block: nn.Module) -> Tap:
+        if name in PARTS:
+            attention = block.get_submodule(found.attention or "")
+            configs = attention_configs(self.model)
+            return AttentionTap(attention, name, found.attention_route, found.n_kv_heads, configs)
+        paths = {
+            "mlp_out": found.mlp_writer,
+            "head_out": found.out_proj,
+            "mlp_neurons": found.down_proj,
+        }
+        path = paths.get(name, found.attn_writer) or ""
+        at_input = name in ("head_out", "mlp_neurons")
+        return ModuleTap(
+            block.get_submodule(path),
+            at_input=at_input,
+            heads=found.n_heads if name == "head_out" else None,
+            scale=1.0 if at_input else found.scale,
+            block=block if name == "resid_mid" or path in found.flattened else None,
+            adds_block_input=name == "resid_mid",
+        )
+
+    def missing(self, site: Site) -> str | None:
+        """Why this model does not have a site, in a sentence; None if it has it."""
+        if site.name in ("resid_pre", "resid_post", "embed"):
+            return None
+        found = self.structure[site.layer]
+        reasons = {
+            "attn_out": (
+                found.attn_writer,
+                "no module was found whose output is added to the residual stream",
+            ),
+            "mlp_out": (
+                found.mlp_writer,
+                "it has a single writer into the residual stream (read it as 'attn_out')"
+                if found.attn_writer is not None
+                else "no module was found whose output is added to the residual stream",
+            ),
+            "resid_mid": (
+                found.has_resid_mid or None,
+                "nothing in it reads the stream between attention and MLP "
+                "(a parallel block, or a single writer)",
+            ),
+            "head_out": (
+                found.out_proj,
+                "no output projection of an attention with heads was found",
+            ),
+            "mlp_neurons": (
+                found.down_proj,
+                "no single down projection makes what the MLP adds "
+                "(a mixture of experts, or no MLP)",
+            ),
+            **{part: (found.attention, "it computes no attention") for part in PARTS},
+        }
+        value, reason = reasons[site.name]
+        if value is not None:
+            return None
+        return (
+            f"{type(self.model).__name__} has no site {site.name!r} in layer {site.layer}: {reason}"
+        )
+
+    def available_sites(self, layer: int) -> list[str]:
+        """Names of the sites that a block has, in the order of `forward_pass.SITES`."""
+        return [
+            name
+            for name in SITES
+            if not (name == "embed" and layer != 0) and self.missing(Site(name, layer)) is None
+        ]
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[int, ModelStructure]] = WeakKeyDictionary()
+
+
+# --- Step 1: blocks, head, names ------------------------------------------------------------------
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the decoder."""
+    return config.get_text_config(decoder=True)
+
+
+def attention_configs(model: PreTrainedModel) -> list[Any]:
+    """Every config object that a model's modules read their attention implementation from."""
+    owners = [model, *model.modules()]
+    configs = {
+        id(config): config
+        for owner in owners
+        if (config := getattr(owner, "config", None)) is not None
+    }
+    return [
+        config for config in configs.values() if hasattr(config, "_attn_implementation_internal")
+    ]
+
+
+def _find_blocks(model: PreTrainedModel, config: Any) -> tuple[str, nn.ModuleList]:
+    wanted = getattr(config, "num_hidden_layers", None)
+    lists = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
+    candidates = [(path, module) for path, module in lists if len(module) == wanted]
+    if not candidates:
+        found = ", ".join(f"{path} ({len(module)})" for path, module in lists)
+        raise ArchitectureError(
+            f"{type(model).__name__} has no ModuleList of {wanted} blocks "
+            f"(config.num_hidden_layers); it has {found or 'no ModuleList at all'}"
+        )
+    outermost = min(path.count(".") for path, _ in candidates)
+
+    def size(entry: tuple[str, nn.ModuleList]) -> int:
+        return sum(parameter.numel() for parameter in entry[1].parameters())
+
+    return max((entry for entry in candidates if entry[0].count(".") == outermost), key=size)
+
+
+def _find_head(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _base_prefix(model: PreTrainedModel) -> str:
+    """What a base model's module names lack, compared with the same model with a head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix and not hasattr(model, prefix) else ""

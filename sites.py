@@ -1,0 +1,73 @@
+"""The vocabulary of the toolkit: places in the network, and what can be wrong with a request.
+
+- `SITES`: the name of every place and the axes of what is found there (TransformerLens' names).
+- `Site`: a name and a layer. Layer 0 is the first block; the embedding is a site of its own.
+- `Hook`: a function that sees a site's value and may put another in its place.
+- The errors; each is a ValueError or RuntimeError too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+SITES: dict[str, str] = {
+    "embed": "batch position d_model: what enters block 0 (tokens, positions, norm and multiplier)",
+    "resid_pre": "batch position d_model: the residual stream that enters block i",
+    "resid_mid": "batch position d_model: between attention and MLP (not in parallel blocks)",
+    "resid_post": "batch position d_model: the residual stream that leaves block i",
+    "attn_out": "batch position d_model: what attention adds to the residual stream",
+    "mlp_out": "batch position d_model: what the MLP adds to the residual stream",
+    "head_out": "batch position head d_head: z, the input of attention's output projection",
+    "mlp_neurons": "batch position d_mlp: the input of the MLP's down projection",
+    "query": "batch position head d_head: after rotary embedding and query norm",
+    "key": "batch position kv_head d_head: after rotary embedding and key norm, as stored",
+    "value": "batch position kv_head d_head: as stored",
+    "attn_pattern": "batch head query key: attention probabilities",
+}
+"""Every site and its axes.
+
+Only ``attn_pattern`` has its (query) position on axis 2, all others on 1.
+"""
+
+
+class LayerError(KeyError, ValueError):
+    """A layer that the model, or the record, does not have."""
+
+    def __str__(self) -> str:
+        """The message as written (a KeyError would quote it)."""
+        return str(self.args[0]) if self.args else ""
+
+
+class SiteError(ValueError):
+    """A site that does not exist or that this model does not have, or a value that does not fit."""
+
+
+class ArchitectureError(RuntimeError):
+    """A model whose structure could not be understood, or failed its numeric check."""
+
+
+class InputError(ValueError):
+    """A prompt, token list or position that cannot be run."""
+
+
+class RecordFileError(ValueError):
+    """A file that cannot be written, or cannot be read as what it should be."""
+
+
+class Site(NamedTuple):
+    """A place in the network: a name out of `SITES`, and its block (0 is the first)."""
+
+    name: str
+    layer: int
+
+    @property
+    def position_axis(self) -> int:
+        """The axis that counts tokens (the query's tokens, for a pattern)."""
+        return 2 if self.name == "attn_pattern" else 1
+
+
+Hook = Callable[[Tensor], Tensor | None]
+"""Sees a site's value; returns what shall stand in its place, or None to leave it."""
