@@ -20,12 +20,13 @@ model does. Every check states the largest difference it saw and the difference 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from forward_pass import ArchitectureError, Recording, Site, edit, record, resume
+from forward_pass import ArchitectureError, Recording, Site, edit, evaluate, record, resume
 from model_architecture import Architecture
 
 CHECK_LENGTH = 7
@@ -227,7 +228,9 @@ def _check_identity(
     architecture: Architecture, kept: Recording, inputs: dict[str, Tensor], sites: list[Site]
 ) -> Proof:
     assert kept.logits is not None
-    with edit(architecture, [(site, torch.clone) for site in sites]):
+    with ExitStack() as stack:
+        evaluate(stack, architecture.model)
+        stack.enter_context(edit(architecture, [(site, torch.clone) for site in sites]))
         logits = architecture.model(**inputs, use_cache=False).logits
     return Proof(
         "identity", _difference(logits, kept.logits), 0.0, f"{len(sites)} edits that change nothing"

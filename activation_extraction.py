@@ -1,0 +1,512 @@
+"""Extraction: any site, layer and token of one prompt or of ten thousand; the model is not changed.
+
+`extract` runs one prompt, `extract_batch` many (sorted by length, padded on the left with the right
+positions; results in the order given, equal to one by one). Both return `ActivationRecord`s that
+hold what was asked for and nothing else: blocks after the last one asked for are not run, nor is
+the head unless logits are wanted; a record's tensors own exactly their bytes.
+
+`ActivationExtractor` is the same as a class bound to a model and a tokenizer. Records, statistics,
+comparison and files live in `activation_record` and `record_files` and are re-exported here.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from activation_record import ActivationRecord, LayerActivations
+from activation_statistics import compare_activations, get_activation_statistics
+from forward_pass import SITES, InputError, Recording, Site, SiteError, record
+from model_architecture import Architecture, Layer
+from record_files import DEFAULT_FORMAT, load_activations, save_activations
+from tokenization import (
+    Positions,
+    Prompt,
+    check_ids,
+    encode,
+    pad_left,
+    resolve_positions,
+    token_strings,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "ActivationExtractor",
+    "ActivationRecord",
+    "LayerActivations",
+    "compare_activations",
+    "extract",
+    "extract_batch",
+    "get_activation_statistics",
+    "load_activations",
+    "save_activations",
+]
+
+DEFAULT_BATCH = 64
+"""Prompts per forward pass in `extract_batch`."""
+
+
+# --- What is asked for ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which sites of which layers, resolved and checked before anything runs."""
+
+    sites: tuple[Site, ...]
+    names: tuple[str, ...]
+    """The sites' names, in the order asked for."""
+    logits: bool = False
+
+
+def make_request(
+    architecture: Architecture,
+    layer_names: Sequence[Layer] | None = None,
+    layer_indices: Sequence[Layer] | None = None,
+    include_attention: bool = False,
+    return_logits: bool = False,
+    sites: Sequence[str] = ("resid_post",),
+) -> Request:
+    """Resolve layers and sites of an extraction.
+
+    Args:
+        architecture: The model.
+        layer_names: Layers by name (any spelling); with ``layer_indices``, both are taken.
+        layer_indices: Layers by index (any spelling). Neither means all.
+        include_attention: Also the site ``attn_pattern``.
+        return_logits: Also the logits.
+        sites: Names out of `forward_pass.SITES`.
+
+    Raises:
+        LayerError: there is no such layer.
+        SiteError: there is no such site, a layer that was named does not have it, or none is asked.
+        ArchitectureError: logits are wanted of a model without a head.
+    """
+    if isinstance(sites, str):
+        sites = (sites,)
+    names = dict.fromkeys([*sites, *(["attn_pattern"] if include_attention else [])])
+    unknown = [name for name in names if name not in SITES]
+    if unknown:
+        raise SiteError(f"no site {unknown[0]!r}; sites are {', '.join(SITES)}")
+    if return_logits:
+        architecture.require_head("return_logits=True")
+    asked = [*_as_list(layer_names), *_as_list(layer_indices)]
+    all_layers = layer_names is None and layer_indices is None
+    layers = (
+        range(architecture.n_layers)
+        if all_layers
+        else sorted({architecture.resolve(x) for x in asked})
+    )
+    wanted = []
+    for name in names:
+        if name == "embed":
+            wanted.append(Site("embed", 0))
+            continue
+        have = [
+            Site(name, layer)
+            for layer in layers
+            if _has(architecture, Site(name, layer), all_layers)
+        ]
+        if not have and layers:
+            raise SiteError(architecture.missing(Site(name, layers[0])) or f"no layer has {name!r}")
+        wanted += have
+    if not wanted and not return_logits:
+        raise SiteError("nothing to extract: sites or layers are empty (layers: None means all)")
+    return Request(tuple(wanted), tuple(names), return_logits)
+
+
+def _as_list(layers: Any) -> list[Layer]:
+    """One layer, several or None, as a list; a single one may be another library's integer."""
+    if layers is None:
+        return []
+    single = isinstance(layers, str) or getattr(layers, "ndim", 1) == 0
+    return list(layers) if isinstance(layers, Iterable) and not single else [layers]
+
+
+def _has(architecture: Architecture, site: Site, skip_quietly: bool) -> bool:
+    """Whether a layer has a site; a layer that was named and has not raises SiteError."""
+    why = architecture.missing(site)
+    if why and not skip_quietly:
+        raise SiteError(why)
+    return why is None
+
+
+# --- One prompt, many prompts ---------------------------------------------------------------------
+
+
+def extract(
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt,
+    request: Request,
+    positions: Positions = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> ActivationRecord:
+    """Run one prompt once and keep what the request names.
+
+    Args:
+        architecture: The model.
+        tokenizer: For text, and for readable tokens.
+        prompt: Text, a chat, or token ids.
+        request: Made by `make_request`.
+        positions: Which tokens to keep: ``"last"``, an index, a slice, a list, None for all.
+        metadata: Put into the record's metadata beside the manifest.
+
+    Returns:
+        The record; its tensors are on the model's device, detached, in storage of their own.
+
+    Raises:
+        InputError: the prompt or the positions cannot be used.
+    """
+    (one,) = extract_batch(
+        architecture, tokenizer, [prompt], request, positions, show_progress=False
+    )
+    one.metadata.update(metadata or {})
+    return one
+
+
+def extract_batch(
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Iterable[Prompt],
+    request: Request,
+    positions: Positions = None,
+    *,
+    batch_size: int = DEFAULT_BATCH,
+    show_progress: bool = True,
+) -> list[ActivationRecord]:
+    """Run many prompts in batches; one record per prompt, in the order given, padding gone.
+
+    Args:
+        architecture: The model.
+        tokenizer: For text, and for readable tokens.
+        prompts: Texts, chats or lists of token ids.
+        request: Made by `make_request`.
+        positions: Which tokens to keep of each prompt (see `extract`).
+        batch_size: Prompts per forward pass.
+        show_progress: A progress bar, where there is a terminal to show it.
+
+    Raises:
+        InputError: ``prompts`` is one text, a prompt or position cannot be used; says which prompt.
+    """
+    if isinstance(prompts, str):
+        raise InputError(
+            "prompts is a list of prompts; put a single text into a list, "
+            "or use extract_activations"
+        )
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1; came {batch_size}")
+    prompts = list(prompts)
+    items = [
+        _prepare(i, prompt, len(prompts), architecture, tokenizer, positions)
+        for i, prompt in enumerate(prompts)
+    ]
+    records: list[ActivationRecord | None] = [None] * len(items)
+    manifest = make_manifest(architecture)
+    if "attn_pattern" in request.names:
+        manifest["attn_implementation"] = "eager"  # no other forms a pattern
+    hidden = not show_progress or not sys.stderr.isatty()
+    with tqdm(total=len(items), desc="extract", unit="prompt", disable=hidden) as bar:
+        for group in _batches(items, batch_size):
+            kept, whole = _run(architecture, group, request)
+            for row, item in enumerate(group):
+                records[item.index] = _make_record(
+                    architecture, tokenizer, item, row, request, kept, whole, manifest
+                )
+            bar.update(len(group))
+    return [found for found in records if found is not None]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One prompt on its way through a batch."""
+
+    index: int
+    prompt: Prompt
+    ids: list[int]
+    positions: list[int]
+    pad: int = 0
+
+
+def _prepare(
+    index: int,
+    prompt: Prompt,
+    count: int,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase | None,
+    positions: Positions,
+) -> _Item:
+    try:
+        ids = encode(tokenizer, prompt)
+        check_ids(ids, architecture.config)
+        return _Item(index, prompt, ids, resolve_positions(positions, len(ids)))
+    except InputError as err:
+        if count == 1:
+            raise
+        raise InputError(f"prompt {index} of {count}: {err}") from err
+
+
+def _batches(items: Sequence[_Item], size: int) -> Iterator[list[_Item]]:
+    """Items of like length together, their padding known; longest first: memory fails early."""
+    ordered = sorted(items, key=lambda item: (-len(item.ids), len(item.positions)))
+    for start in range(0, len(ordered), size):
+        group = ordered[start : start + size]
+        width = len(group[0].ids)
+        yield [_Item(i.index, i.prompt, i.ids, i.positions, width - len(i.ids)) for i in group]
+
+
+def _run(
+    architecture: Architecture, group: Sequence[_Item], request: Request
+) -> tuple[Recording, bool]:
+    """One forward pass over a batch, keeping the positions asked for of each row.
+
+    Returns:
+        What was kept, and whether it still holds all positions (rows want different numbers).
+    """
+    ids, mask = pad_left([item.ids for item in group])
+    inputs = architecture.inputs(ids, mask)
+    shifted = [[item.pad + position for position in item.positions] for item in group]
+    whole = len({len(row) for row in shifted}) > 1 or all(
+        row == list(range(ids.shape[1])) for row in shifted
+    )
+    index = None if whole else torch.tensor(shifted)
+    if index is not None and bool((index == index[0]).all()):
+        index = index[0]
+    kept = record(architecture, inputs, request.sites, positions=index, logits=request.logits)
+    return kept, whole
+
+
+def _own_row(value: Tensor, row: int, item: _Item, axis: int, whole: bool) -> Tensor:
+    """One prompt's part of a batch's tensor, ``[1, …]``, padding gone, in storage of its own."""
+    part = value[row : row + 1]
+    wanted = [item.pad + position for position in item.positions]
+    if whole and wanted != list(range(part.shape[axis])):
+        part = part.index_select(axis, torch.tensor(wanted, device=part.device))
+    elif len(value) > 1:
+        part = part.clone()
+    return part[..., item.pad :].clone() if axis == 2 and item.pad else part
+
+
+def _make_record(
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase | None,
+    item: _Item,
+    row: int,
+    request: Request,
+    kept: Recording,
+    whole: bool,
+    manifest: Mapping[str, Any],
+) -> ActivationRecord:
+    tensors = {
+        site: _own_row(kept[site], row, item, site.position_axis, whole) for site in request.sites
+    }
+    logits = None if kept.logits is None else _own_row(kept.logits, row, item, 1, whole)
+    return assemble_record(
+        architecture, tokenizer, item.prompt, item.ids, item.positions, tensors, logits, manifest
+    )
+
+
+def assemble_record(
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt,
+    ids: Sequence[int],
+    positions: Sequence[int],
+    tensors: Mapping[Site, Tensor],
+    logits: Tensor | None,
+    manifest: Mapping[str, Any],
+) -> ActivationRecord:
+    """Put tensors by site into the record's fields.
+
+    Args:
+        architecture: The model.
+        tokenizer: For readable tokens.
+        prompt: As the user gave it.
+        ids: All token ids.
+        positions: What the position axes hold.
+        tensors: By site, ``[1, position, …]`` (``[1, head, query, key]`` for patterns).
+        logits: ``[1, position, vocab]`` or None.
+        manifest: Where the record comes from; see `make_manifest`.
+    """
+    names = tuple(architecture.layer_names)
+    groups: dict[str, LayerActivations] = {}
+    for name in dict.fromkeys(site.name for site in tensors):
+        of_name = {site.layer: value for site, value in tensors.items() if site.name == name}
+        keys = _keys(architecture, name)
+        groups[name] = LayerActivations(
+            {
+                "embed" if name == "embed" else str(keys[layer]): value
+                for layer, value in of_name.items()
+            },
+            names,
+            keys,
+        )
+    return ActivationRecord(
+        prompt=prompt if isinstance(prompt, str) else _as_text(tokenizer, ids),
+        tokens=token_strings(tokenizer, ids),
+        token_ids=list(ids),
+        layer_activations=groups.pop("resid_post", LayerActivations({}, names)),
+        attention_weights=groups.pop("attn_pattern", None),
+        site_activations=groups,
+        logits=logits,
+        positions=list(positions),
+        metadata=copy.deepcopy(dict(manifest)),
+    )
+
+
+def _keys(architecture: Architecture, site: str) -> tuple[str | None, ...]:
+    """The key of each block in a record: its own name, or its attention module's."""
+    if site != "attn_pattern":
+        return tuple(architecture.layer_names)
+    return tuple(
+        architecture.part_name(layer, "attention") for layer in range(architecture.n_layers)
+    )
+
+
+def _as_text(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]) -> str:
+    return " ".join(map(str, ids)) if tokenizer is None else str(tokenizer.decode(list(ids)))
+
+
+def make_manifest(architecture: Architecture) -> dict[str, Any]:
+    """Where a record comes from: model, revision, dtype, attention implementation, versions."""
+    config = architecture.model.config
+    return {
+        "model": str(architecture.model.name_or_path or type(architecture.model).__name__),
+        "model_class": type(architecture.model).__name__,
+        "revision": getattr(config, "_commit_hash", None),
+        "dtype": str(architecture.model.dtype).removeprefix("torch."),
+        "attn_implementation": getattr(architecture.config, "_attn_implementation", None),
+        "n_layers": architecture.n_layers,
+        "versions": dict(_versions()),
+    }
+
+
+@lru_cache(maxsize=1)
+def _versions() -> tuple[tuple[str, str], ...]:
+    return tuple((name, version(name)) for name in ("torch", "transformers"))
+
+
+# --- The same, bound to a model -------------------------------------------------------------------
+
+
+class ActivationExtractor:
+    """Extracts activations from one model; see `extract` and `extract_batch`.
+
+    Args:
+        model: A causal language model, or a base model without a head (``AutoModel``).
+        tokenizer: For prompts given as text.
+
+    Raises:
+        ArchitectureError: no list of blocks is found in the model.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.architecture = Architecture(model)
+
+    def __repr__(self) -> str:
+        return f"ActivationExtractor({self.architecture!r})"
+
+    def extract_activations(
+        self,
+        prompt: Prompt,
+        layer_names: Sequence[Layer] | None = None,
+        layer_indices: Sequence[Layer] | None = None,
+        include_attention: bool = False,
+        return_logits: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        positions: Positions = None,
+        sites: Sequence[str] = ("resid_post",),
+    ) -> ActivationRecord:
+        """Run one prompt and keep what was asked for.
+
+        Args:
+            prompt: Text, a chat (list of messages), or token ids.
+            layer_names: Layers to keep, by any spelling; neither names nor indices means all.
+            layer_indices: The same by index.
+            include_attention: Also ``attention_weights`` ``[1, head, query, key]``; the pass then
+                runs with eager attention, which differs from SDPA by rounding.
+            return_logits: Also ``logits`` ``[1, position, vocab]``.
+            metadata: Kept in the record's metadata.
+            positions: ``"last"``, an index, a slice or a list: the position axis holds just those.
+            sites: Names out of `forward_pass.SITES`; ``resid_post`` is block ``i``'s output.
+
+        Returns:
+            An `ActivationRecord`.
+
+        Raises:
+            LayerError: there is no such layer.
+            SiteError: there is no such site in this model.
+            InputError: the prompt or the positions cannot be used.
+            ArchitectureError: logits are wanted and there is no head.
+        """
+        request = make_request(
+            self.architecture, layer_names, layer_indices, include_attention, return_logits, sites
+        )
+        return extract(self.architecture, self.tokenizer, prompt, request, positions, metadata)
+
+    def extract_batch_activations(
+        self,
+        prompts: Sequence[Prompt],
+        layer_names: Sequence[Layer] | None = None,
+        layer_indices: Sequence[Layer] | None = None,
+        include_attention: bool = False,
+        show_progress: bool = True,
+        batch_size: int = DEFAULT_BATCH,
+        return_logits: bool = False,
+        positions: Positions = None,
+        sites: Sequence[str] = ("resid_post",),
+    ) -> list[ActivationRecord]:
+        """Run many prompts in batches; equal to extracting one by one.
+
+        Arguments as in `extract_activations`, and ``batch_size`` prompts per forward pass, with a
+        progress bar where there is a terminal and ``show_progress`` is not False.
+
+        Returns:
+            One record per prompt, in the order given.
+
+        Raises:
+            LayerError: there is no such layer.
+            SiteError: there is no such site in this model.
+            InputError: a prompt or the positions cannot be used.
+        """
+        request = make_request(
+            self.architecture, layer_names, layer_indices, include_attention, return_logits, sites
+        )
+        return extract_batch(
+            self.architecture,
+            self.tokenizer,
+            prompts,
+            request,
+            positions,
+            batch_size=batch_size,
+            show_progress=show_progress,
+        )
+
+    def save_activations(
+        self,
+        record_or_records: ActivationRecord | Sequence[ActivationRecord],
+        output_path: str | Path,
+        format: str = DEFAULT_FORMAT,
+    ) -> Path:
+        """Save one record or a list. See `record_files.save_activations`."""
+        return save_activations(record_or_records, output_path, format)
+
+    @staticmethod
+    def load_activations(path: str | Path) -> ActivationRecord | list[ActivationRecord]:
+        """Load what `save_activations` wrote. See `record_files.load_activations`."""
+        return load_activations(path)

@@ -1,0 +1,537 @@
+"""Loading a model once, and looking at it without running it.
+
+`load_model` takes a local folder, a hub id or a live ``PreTrainedModel``, and returns the model and
+its tokenizer. A folder is read without any network access; code shipped with a model is never run
+unless asked for (``trust_remote_code=True``); weights that a checkpoint lacks are an error, never
+random numbers, and so is a tokenizer without a vocabulary.
+
+`ModelInspector` answers questions about a model. What needs only the config
+(`get_architecture_summary`, `get_num_layers`) or only the shapes (`get_layer_names`,
+`get_parameter_count`) does not load the weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from forward_pass import ArchitectureError, InputError, LayerError
+from model_architecture import Architecture, Layer, text_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEMO_MODEL = Path(__file__).resolve().parent / "demo_model"
+"""The small trained model that comes with the toolkit."""
+
+ModelSource: TypeAlias = "str | Path | PreTrainedModel"
+"""A folder, a hub id, or a model that is already loaded."""
+
+
+class ModelLoadError(OSError):
+    """A model that cannot be loaded; the message says what was expected and what to do."""
+
+
+# --- Loading --------------------------------------------------------------------------------------
+
+
+def usable_device(device: str | torch.device | None = None) -> torch.device:
+    """A device that is there; None picks CUDA, then MPS, then the CPU.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    usable = [kind for kind, is_there in there.items() if is_there] + ["cpu"]
+    if device is None:
+        return torch.device(usable[0])
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"there is no device {device!r}; here are: {', '.join(usable)}") from None
+    beyond = wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count()
+    if beyond or not there.get(wanted.type, True):
+        raise InputError(f"PyTorch finds no device {str(wanted)!r}; here are: {', '.join(usable)}")
+    return wanted
+
+
+def load_model(
+    source: ModelSource = DEMO_MODEL,
+    device: str | torch.device | None = None,
+    *,
+    head: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    load_tokenizer: bool = True,
+    **loading: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a model and its tokenizer, ready for analysis (evaluation mode).
+
+    Args:
+        source: A local folder, a hub id, or a live model, which is used as it is.
+        device: Where the model shall lie; None picks CUDA, then MPS, then CPU. Not with
+            ``device_map``.
+        head: With False the base model without its language-model head is loaded.
+        tokenizer: Used instead of the one beside the model.
+        load_tokenizer: With False, and no ``tokenizer``, None is returned in its place.
+        **loading: For ``from_pretrained``: ``dtype``, ``device_map``, ``revision``,
+            ``quantization_config``, ``attn_implementation``, ``trust_remote_code``, …
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        ModelLoadError: nothing that can be loaded is there, or it is broken or incomplete.
+        ArchitectureError: the model is not a decoder-only language model.
+        InputError: arguments that contradict each other.
+    """
+    if isinstance(source, transformers.PreTrainedModel):
+        return _live_model(source, device, tokenizer, load_tokenizer, loading)
+    if loading.get("device_map") is None:
+        target = usable_device(device)
+    elif device is not None:
+        raise InputError(
+            "give device= or device_map=, not both: the map says where every part lies"
+        )
+    else:
+        target = None
+    place, options = _locate(source, loading)
+    config = _load_config(place, options)
+    _refuse_encoder_decoder(config, place)
+    if load_tokenizer and tokenizer is None:
+        tokenizer = _load_tokenizer(place, options)
+    model = _load_weights(place, config, head, target, {**loading, **options})
+    return model.eval(), tokenizer
+
+
+def load_model_from_path(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load model and tokenizer from a folder. See `load_model`."""
+    return load_model(path, device)
+
+
+def _live_model(
+    model: PreTrainedModel,
+    device: str | torch.device | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    load_tokenizer: bool,
+    loading: dict[str, Any],
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    if loading:
+        raise InputError(f"{', '.join(loading)} cannot be used with a model that is already loaded")
+    here = model.device
+    wanted = here if device is None else usable_device(device)
+    if wanted.type != here.type or wanted.index not in (None, here.index):
+        raise InputError(
+            f"the model lies on {here}, not on {wanted}; "
+            f"move it with model.to({str(wanted)!r}) first"
+        )
+    if (
+        tokenizer is None
+        and load_tokenizer
+        and model.name_or_path
+        and Path(model.name_or_path).is_dir()
+    ):
+        tokenizer = _load_tokenizer(model.name_or_path, {"local_files_only": True})
+    return model, tokenizer
+
+
+def _locate(source: str | Path, loading: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The folder or hub id, and the options that config, tokenizer and weights share."""
+    if not isinstance(source, str | Path):
+        raise InputError(
+            f"a model is a folder, a hub id or a live PreTrainedModel, not {type(source).__name__}"
+        )
+    options: dict[str, Any] = {
+        name: loading[name]
+        for name in ("revision", "token", "cache_dir", "subfolder")
+        if name in loading
+    }
+    options["trust_remote_code"] = loading.get("trust_remote_code", False)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / loading.get("subfolder", "") / "config.json").is_file():
+            raise ModelLoadError(
+                f"{folder} is a folder without config.json, so it holds no Hugging Face model; "
+                "save one there with model.save_pretrained(folder) "
+                "and tokenizer.save_pretrained(folder)"
+            )
+        return str(folder), {**options, "local_files_only": True}
+    if folder.is_file():
+        raise ModelLoadError(
+            f"{folder} is a file; give the folder that holds config.json and the weights"
+        )
+    text = str(source)
+    if isinstance(source, Path) or text.startswith((".", "/", "~", "\\")) or text.count("/") > 1:
+        raise ModelLoadError(f"there is no folder {folder}{_nearest_folder(folder)}")
+    return text, {
+        **options,
+        **({"local_files_only": True} if loading.get("local_files_only") else {}),
+    }
+
+
+def _nearest_folder(folder: Path) -> str:
+    if not folder.parent.is_dir():
+        return f" (nor {folder.parent})"
+    siblings = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
+    near = difflib.get_close_matches(folder.name, siblings, n=1, cutoff=0.4)
+    return f"; did you mean {folder.parent / near[0]}?" if near else ""
+
+
+def _load_config(place: str, options: dict[str, Any]) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(place, **options)
+    except (OSError, ValueError, KeyError) as err:
+        where = place if Path(place).is_dir() else f"{place} (no folder here, so taken as a hub id)"
+        raise ModelLoadError(
+            f"cannot read the config of {where}: {_first_line(err)}{_remedy(err)}"
+        ) from err
+
+
+def _remedy(err: BaseException) -> str:
+    """What to do about a model that brings code of its own."""
+    asks = "trust_remote_code" in str(err)
+    return "; if you trust that code, pass trust_remote_code=True" if asks else ""
+
+
+def _refuse_encoder_decoder(config: Any, place: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ArchitectureError(
+            f"{place} ({config.model_type}) is an encoder-decoder; "
+            "this toolkit analyses decoder-only language models"
+        )
+
+
+def _load_tokenizer(place: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+        # without files some classes make an empty tokenizer, which finds no token in any text
+        if set(tokenizer.get_vocab()) <= set(tokenizer.get_added_vocab()):
+            raise ValueError("it holds no vocabulary (no tokenizer.json or the like)")
+    except Exception as err:  # the tokenizers library raises bare Exceptions
+        raise ModelLoadError(
+            f"cannot load a tokenizer from {place}: {_first_line(err)}; pass tokenizer=, or save "
+            "one there with tokenizer.save_pretrained(folder), or pass load_tokenizer=False and "
+            f"give token ids instead of text{_remedy(err)}"
+        ) from err
+    return tokenizer
+
+
+def _load_weights(
+    place: str, config: Any, head: bool, device: torch.device | None, loading: dict[str, Any]
+) -> PreTrainedModel:
+    """The model on ``device`` (None: where ``device_map`` says), no weight of it made up."""
+    kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+    own = getattr(config, "quantization_config", None)
+    quantized = own is not None or loading.get("quantization_config") is not None
+    if quantized and device is not None:  # a quantized model cannot be moved afterwards
+        loading, device = {**loading, "device_map": {"": device}}, None
+    try:
+        loaded: Any = kind.from_pretrained(
+            place, config=config, output_loading_info=True, **loading
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as err:
+        raise ModelLoadError(f"cannot load the weights of {place}: {_first_line(err)}") from err
+    except SafetensorError as err:
+        raise ModelLoadError(
+            f"the weights of {place} are broken or truncated: {_first_line(err)}"
+        ) from err
+    except UnpicklingError as err:
+        raise ModelLoadError(
+            f"the weights of {place} are broken: no PyTorch file of plain tensors"
+        ) from err
+    model, info = loaded
+    _refuse_random_weights(place, model, info)
+    return model if device is None else model.to(device)
+
+
+def _refuse_random_weights(place: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+    lacking = sorted({*info["missing_keys"], *mismatched})
+    if not lacking:
+        return
+    headless = "; if it holds a model without a head, load that: load_for_generation=False"
+    raise ModelLoadError(
+        f"the checkpoint {place} lacks {len(lacking)} weights of {type(model).__name__} "
+        f"({', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}), or has them in another "
+        f"shape; they would be random numbers{'' if model.base_model is model else headless}"
+    )
+
+
+def _first_line(err: BaseException) -> str:
+    return str(err).strip().split("\n")[0]
+
+
+# --- Inspection -----------------------------------------------------------------------------------
+
+SUMMARY_FIELDS = {
+    "model_type": ("model_type",),
+    "num_layers": ("num_hidden_layers",),
+    "hidden_size": ("hidden_size",),
+    "num_attention_heads": ("num_attention_heads",),
+    "head_dim": ("head_dim",),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("max_position_embeddings", "max_seq_len"),
+    "activation_function": ("activation_function", "hidden_act", "hidden_activation", "activation"),
+}
+"""Keys of the architecture summary, and the config attributes that may hold each."""
+
+
+def architecture_summary(config: Any) -> dict[str, Any]:
+    """What a config says of the decoder; a key is None where the config does not say.
+
+    Args:
+        config: A Hugging Face config.
+
+    Returns:
+        The keys of `SUMMARY_FIELDS`.
+    """
+    config = text_config(config)
+    summary = {
+        key: next(
+            (value for name in names if (value := getattr(config, name, None)) is not None), None
+        )
+        for key, names in SUMMARY_FIELDS.items()
+    }
+    hidden, heads = summary["hidden_size"], summary["num_attention_heads"]
+    if summary["head_dim"] is None and isinstance(hidden, int) and isinstance(heads, int):
+        summary["head_dim"] = hidden // heads
+    left_open = any(
+        getattr(config, name, 0) is None for name in SUMMARY_FIELDS["intermediate_size"]
+    )
+    if summary["intermediate_size"] is None and left_open and isinstance(hidden, int):
+        summary["intermediate_size"] = 4 * hidden  # n_inner=None means four times the width
+    return summary
+
+
+def format_summary(summary: dict[str, Any], title: str) -> str:
+    """A summary as aligned text."""
+    width = max(len(key) for key in summary)
+    rows = (
+        f"  {key:<{width}}  {'-' if value is None else value}" for key, value in summary.items()
+    )
+    return "\n".join([title, *rows])
+
+
+def parameter_count(model: nn.Module) -> dict[str, int]:
+    """Number of parameters, tied ones counted once: ``total, trainable, non_trainable``."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
+    return {"total": total, "trainable": trainable, "non_trainable": total - trainable}
+
+
+def find_module(model: PreTrainedModel, name: Layer) -> nn.Module:
+    """A module by its dotted name, with or without leading parts; a block by any spelling.
+
+    Args:
+        model: Where to look.
+        name: ``"transformer.h.5.attn"``, ``"h.5.attn"``; for a block also ``5``, ``"5"`` or ``-1``.
+
+    Raises:
+        LayerError: there is none, or more than one; the message names the nearest.
+    """
+    names = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+    base = f"{model.base_model_prefix}."
+    for exact in (str(name), str(name).removeprefix(base), f"{base}{name}"):
+        if exact in names:
+            return model.get_submodule(exact)
+    architecture = Architecture(model)
+    try:
+        return architecture.blocks[architecture.resolve(name)]
+    except LayerError as err:
+        fitting = [path for path in names if path.endswith(f".{name}")]
+        if len(fitting) == 1:
+            return model.get_submodule(fitting[0])
+        if fitting:
+            raise LayerError(
+                f"{name!r} fits {len(fitting)} modules, from {fitting[0]!r} to {fitting[-1]!r}: "
+                "write more of the name"
+            ) from None
+        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
+        raise LayerError(f"{err}; of all modules the nearest is {near[0]!r}") from None
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters by name, detached: the live storage, not a copy."""
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+class ModelInspector:
+    """Looks at a model in a folder or on the hub, loading no more of it than a question needs.
+
+    Args:
+        model_path: A local folder, a hub id or a live model.
+        device: Where `load_model` puts the model, unless there is a ``device_map``.
+        **loading: For ``from_pretrained``, as in `load_model`.
+
+    Raises:
+        ModelLoadError: there is no such model.
+    """
+
+    def __init__(
+        self,
+        model_path: ModelSource = DEMO_MODEL,
+        device: str | torch.device | None = "cpu",
+        **loading: Any,
+    ) -> None:
+        self.model_path, self.device, self._loading = model_path, device, loading
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._model: PreTrainedModel | None = None
+        if isinstance(model_path, transformers.PreTrainedModel):
+            self._model = model_path
+            self.config = model_path.config
+        else:
+            place, options = _locate(model_path, loading)
+            self.config = _load_config(place, options)
+
+    def __repr__(self) -> str:
+        state = "not loaded" if self._model is None else "loaded"
+        return f"ModelInspector({_name_of(self.model_path)!r}, {state})"
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, loaded when first needed."""
+        if self._model is None:
+            self.load_model(load_tokenizer=False)
+        assert self._model is not None
+        return self._model
+
+    def load_model(
+        self, load_tokenizer: bool = True
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+        """Load model and tokenizer, each once.
+
+        Returns:
+            The model, and the tokenizer (None with ``load_tokenizer=False``).
+
+        Raises:
+            ModelLoadError: it cannot be loaded.
+        """
+        if self._model is None:
+            device = None if "device_map" in self._loading else self.device
+            self._model, self.tokenizer = load_model(
+                self.model_path, device, load_tokenizer=load_tokenizer, **self._loading
+            )
+        elif (
+            load_tokenizer
+            and self.tokenizer is None
+            and not isinstance(self.model_path, transformers.PreTrainedModel)
+        ):
+            self.tokenizer = _load_tokenizer(*_locate(self.model_path, self._loading))
+        return self._model, self.tokenizer
+
+    @property
+    def _skeleton(self) -> PreTrainedModel:
+        """The model itself if it is loaded, else its modules without weights."""
+        return self._empty if self._model is None else self._model
+
+    @cached_property
+    def _empty(self) -> PreTrainedModel:
+        """The model's modules on the meta device: shapes, no weights."""
+        _refuse_encoder_decoder(self.config, str(self.model_path))
+        kind = (
+            transformers.AutoModelForCausalLM
+            if self._loading.get("head", True)
+            else transformers.AutoModel
+        )
+        with torch.device("meta"):
+            return kind.from_config(
+                self.config, trust_remote_code=self._loading.get("trust_remote_code", False)
+            )
+
+    def get_architecture_summary(self) -> dict[str, Any]:
+        """What the config says; does not load the weights. See `architecture_summary`."""
+        return architecture_summary(self.config)
+
+    def print_architecture_summary(self) -> None:
+        """Print the summary and the number of parameters; does not load the weights."""
+        summary = {
+            **self.get_architecture_summary(),
+            "parameters": f"{self.get_parameter_count()['total']:,}",
+        }
+        title = f"Architecture of {_name_of(self.model_path)}"
+        print(format_summary(summary, title))  # noqa: T201
+
+    def get_model_config(self) -> dict[str, Any]:
+        """The whole config as a dict."""
+        return self.config.to_dict()
+
+    def get_parameter_count(self) -> dict[str, int]:
+        """``total, trainable, non_trainable``, tied ones once; does not load the weights."""
+        return parameter_count(self._skeleton)
+
+    def get_num_layers(self) -> int:
+        """Number of blocks; reads only the config."""
+        return int(text_config(self.config).num_hidden_layers)
+
+    def get_layer_names(self) -> list[str]:
+        """Full names of the blocks, in order; does not load the weights."""
+        return Architecture(self._skeleton).layer_names
+
+    def get_attention_layer_names(self) -> list[str]:
+        """Full names of the attention modules, in order, where there is one. Loads the model."""
+        return part_names(Architecture(self.model), "attention")
+
+    def get_mlp_layer_names(self) -> list[str]:
+        """Full names of the MLP modules, in order, where there is one. Loads the model."""
+        return part_names(Architecture(self.model), "mlp")
+
+    def get_layer_by_name(self, name: Layer) -> nn.Module:
+        """A module by dotted name, a block by any spelling (`find_module`). Loads the model."""
+        return find_module(self.model, name)
+
+    def get_weights_by_layer(self, name: Layer) -> dict[str, Tensor]:
+        """Parameters of a module (`find_module`), detached, not copied. Loads the model."""
+        return weights_of(find_module(self.model, name))
+
+
+def part_names(architecture: Architecture, part: str) -> list[str]:
+    """Full names of the blocks' attention or MLP modules, in order, where a block has one.
+
+    Args:
+        architecture: The model.
+        part: ``attention`` or ``mlp``.
+    """
+    names = [architecture.part_name(layer, part) for layer in range(architecture.n_layers)]
+    return [name for name in names if name is not None]
+
+
+def compare_architectures(paths: Sequence[ModelSource]) -> dict[str, dict[str, Any]]:
+    """The summaries of several models side by side; reads configs and shapes, no weights.
+
+    Args:
+        paths: Folders, hub ids or live models.
+
+    Returns:
+        ``{path: summary}``, each with a ``total_parameters`` beside the keys of `SUMMARY_FIELDS`.
+
+    Raises:
+        ModelLoadError: one of them is not there.
+    """
+    table: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        inspector = ModelInspector(path)
+        name = _name_of(path)
+        if name in table:
+            name = f"{name} ({sum(known.startswith(name) for known in table) + 1})"
+        total = inspector.get_parameter_count()["total"]
+        table[name] = {**inspector.get_architecture_summary(), "total_parameters": total}
+    return table
+
+
+def _name_of(source: ModelSource) -> str:
+    if isinstance(source, transformers.PreTrainedModel):
+        return source.name_or_path or type(source).__name__
+    return str(source)
