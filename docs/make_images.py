@@ -1,0 +1,96 @@
+"""Make the pictures of `VISUALIZATION_GUIDE.md` again, from the bundled model.
+
+Run from the repository's root: ``PYTHONPATH=. .venv/bin/python docs/make_images.py [folder]``.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from activation_extraction import ActivationExtractor
+from figures import plot_head_grid
+from logit_lens import LogitLens
+from visualization import (
+    compare_reduction_methods,
+    plot_convergence_analysis,
+    plot_embeddings_2d,
+    plot_embeddings_3d,
+    plot_layer_embeddings,
+    plot_layer_similarity,
+    plot_lens_heatmap,
+    plot_logit_lens_basic,
+    plot_prediction_refinement,
+    plot_token_preservation,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+FACT = "The capital of France is Paris. The capital of Italy is"
+WORDS = {
+    "country": [" France", " Italy", " Japan", " Egypt", " Spain", " Greece"],
+    "city": [" Paris", " Rome", " Tokyo", " Cairo", " Madrid", " Athens"],
+    "name": [" Mary", " John", " Tom", " Anna", " James", " Alice"],
+}
+MOST = 150_000
+"""Bytes of a picture."""
+
+
+def of_a_text(lens: LogitLens) -> Iterator[tuple[str, Figure]]:
+    """What is drawn through a lens."""
+    yield "lens_basic", plot_logit_lens_basic(lens, FACT)
+    yield "lens_heatmap", plot_lens_heatmap(lens, FACT)
+    yield "lens_kl", plot_lens_heatmap(lens, FACT, "kl")
+    yield "convergence", plot_convergence_analysis(lens, FACT)
+    yield "preservation", plot_token_preservation(lens, FACT)
+    yield "refinement", plot_prediction_refinement(lens, FACT)
+
+
+def of_points(lens: LogitLens) -> Iterator[tuple[str, Figure]]:
+    """What is drawn of embeddings and activations."""
+    model, tokenizer = lens.model, lens.tokenizer
+    words = [word for group in WORDS.values() for word in group]
+    groups = [name for name, group in WORDS.items() for _ in group]
+    ids = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in words]
+    table = model.get_input_embeddings().weight[ids]
+    yield "embeddings_2d", plot_embeddings_2d(table, words, groups)
+    yield "embeddings_3d", plot_embeddings_3d(table, words, groups)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # on the perplexity of so few points
+        yield "methods", compare_reduction_methods(table, words, groups)
+    yield "layer_paths", plot_layer_embeddings(model, tokenizer, FACT)
+    record = ActivationExtractor(model, tokenizer).extract_activations(FACT)
+    yield "layer_similarity", plot_layer_similarity(record)
+    made_up = np.random.default_rng(0).normal(size=(12, 6)) ** 3
+    yield "head_grid", plot_head_grid(made_up, name="effect (made-up numbers)")
+
+
+def main(folder: Path) -> None:
+    """Save every picture.
+
+    Raises:
+        ValueError: one is too large for the repository.
+    """
+    lens = LogitLens(ROOT / "demo_model")
+    for name, figure in itertools.chain(of_a_text(lens), of_points(lens)):
+        with io.BytesIO() as sheet:
+            figure.savefig(sheet, dpi=120)
+            picture = Image.open(sheet).convert("RGB").quantize(256, kmeans=3)
+        picture.save(folder / f"{name}.png", optimize=True)
+    large = [path.name for path in folder.glob("*.png") if path.stat().st_size > MOST]
+    if large:
+        raise ValueError(f"larger than {MOST:,} bytes: {', '.join(large)}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "images")
