@@ -13,17 +13,17 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 LAYERS = (
-    ("sites", "token_labels"),
-    ("module_taps", "figures", "embedding_figures", "interactive_figures", "dimensionality"),
-    ("forward_pass",),
-    ("attention_internals", "tokenization"),
-    ("structure_probe", "array_formats", "tagged_json"),
+    ("sites", "token_labels", "figure_canvas", "dimensionality"),
+    ("module_taps", "heat_maps", "embedding_figures"),
+    ("forward_pass", "refinement_figure"),
+    ("attention_internals", "tokenization", "figures"),
+    ("structure_probe", "array_formats", "tagged_json", "interactive_figures"),
     ("model_architecture", "array_files"),
     ("architecture_check", "model_loader", "activation_record"),
     ("record_files", "activation_statistics"),
     ("activation_extraction", "lens_metrics", "lens_result", "tuned_lens"),
-    ("generation", "logit_lens"),
-    ("visualization", "intervention"),
+    ("generation", "logit_lens", "embedding_visualization"),
+    ("visualization", "lens_reports"),
     ("model_analyzer",),
     ("analyzer_demo", "examples"),
 )

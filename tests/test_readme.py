@@ -16,6 +16,7 @@ DEMO_MODEL = ROOT / "demo_model"
 NOT_GUIDES = {"DECISIONS.md"}
 PAGES = [
     ROOT / "README.md",
+    *sorted(ROOT.glob("*_GUIDE.md")),
     *(p for p in sorted((ROOT / "docs").rglob("*.md")) if p.name not in NOT_GUIDES),
 ]
 
