@@ -12,11 +12,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from visualization import plot_convergence_analysis, plot_embeddings_2d, plot_lens_heatmap
-
 from activation_extraction import compare_activations
 from model_analyzer import ModelAnalyzer
 from model_loader import DEMO_MODEL
+from visualization import plot_convergence_analysis, plot_embeddings_2d, plot_lens_heatmap
 
 PROMPT = "The Eiffel Tower is in"
 OTHER = "The Colosseum is in"

@@ -33,6 +33,8 @@ def test_the_demo_takes_another_model_and_prompt(tmp_path, monkeypatch, capsys):
     assert "LlamaForCausalLM, 3 layers" in capsys.readouterr().out
 
 
+# Four words are few points for t-SNE, and the reader is told so.
+@pytest.mark.filterwarnings("default:perplexity")
 @pytest.mark.parametrize("name", examples.EXAMPLES)
 def test_every_example_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -52,6 +52,9 @@ def with_demo_model(code, folder=DEMO_MODEL):
     return MODEL_PATH.sub(lambda _: repr(str(folder)), code)
 
 
+OUTPUT = re.compile(r"<!-- output: start -->\n```text\n(.*?)```\n<!-- output: end -->", re.DOTALL)
+
+
 def run(blocks, page):
     """Run blocks in one namespace; an error names the page and the line in it."""
     namespace = {"__name__": "__main__"}
@@ -126,3 +129,16 @@ def test_an_error_names_its_line():
 def test_model_paths_become_the_demo_model(path):
     assert with_demo_model(f'A("{path}", x)', Path("/d")) == "A('/d', x)"
     assert with_demo_model("A('my/models')") == "A('my/models')"
+
+
+def test_the_readme_shows_what_its_first_block_prints(empty_folder, capsys):
+    """Differences of rounding, the last column of the proofs, vary with the processor."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = OUTPUT.search(text)
+    assert shown, "the README's first block has no output"
+    run(blocks_of(text)[:1], "README.md")
+
+    def without_rounding(lines):
+        return [re.sub(r"\d\.\de-\d\d", "…", line).rstrip() for line in lines.splitlines()]
+
+    assert without_rounding(capsys.readouterr().out) == without_rounding(shown[1])
