@@ -127,14 +127,30 @@ def fact_prompts(kind: str) -> list[tuple[str, str]]:
 
 
 def facts(subject: Subject, kind: str) -> Result:
-    """Whether the answer follows a phrasing never seen with this country or landmark."""
-    pairs = fact_prompts(kind)
+    """Whether the answer follows a phrasing never seen with this country or landmark.
+
+    A country that opens the text is another token than after a space, and only one phrasing opens
+    with it: held out there, that token was never seen with its capital. `new_token` measures these.
+    """
+    pairs = [pair for pair in fact_prompts(kind) if kind != "capital" or not _opens(pair[0])]
     title = {
         "capital": "capital of a country",
         "country": "country of a capital",
         "landmark": "city of a landmark",
     }[kind]
     detail = "whole answer, greedy; (name, phrasing) held out"
+    return Result(title, len(pairs), _share_completed(subject, pairs), detail)
+
+
+def _opens(prompt: str) -> bool:
+    """Whether a prompt opens with the name of a country."""
+    return any(prompt.startswith(country) for country in words.COUNTRIES)
+
+
+def new_token(subject: Subject) -> Result:
+    """Whether a capital follows a country's token that was never seen with it."""
+    pairs = [pair for pair in fact_prompts("capital") if _opens(pair[0])]
+    title, detail = "the same, country opens the text", "a token never seen with its capital"
     return Result(title, len(pairs), _share_completed(subject, pairs), detail)
 
 
@@ -337,7 +353,8 @@ def tables(subject: Subject) -> str:
     """All results as two Markdown tables."""
     copied, scores = induction(subject)
     moved, drops = name_movers(subject)
-    results = [facts(subject, kind) for kind in ("capital", "country", "landmark")]
+    results = [facts(subject, "capital"), new_token(subject)]
+    results += [facts(subject, kind) for kind in ("country", "landmark")]
     results += [indirect_object(subject), greater_than(subject), sentiment(subject)]
     results += [pronouns(subject), copied, sums(subject, False), sums(subject, True)]
     lines = ["| behaviour | n | accuracy | measured as |", "| --- | ---: | ---: | --- |"]

@@ -7,14 +7,22 @@ machine and device, the same arguments give the same weights.
 2. `text_row`: documents packed into rows. Every row starts with the start of a document, mostly
    without `<|endoftext|>`, because that is how prompts start.
 3. `Batches`: text rows and rows of random tokens, of 64 tokens first and of 128 at the end.
-4. `train`: AdamW, warm-up and cosine decay.
+4. *Seed*: two of the twelve blocks alone learn to copy random tokens, which takes them minutes and
+   the whole model many hours. Two things let the induction circuit form early: the position
+   embeddings start as sinusoids, so that "the token before" is a rotation, and the random tokens
+   come from a pool of `SEED_POOL` first, which grows to the whole vocabulary.
+5. *All*: the ten other blocks join, writing nothing at first, and everything is trained on text
+   and random rows together.
+
+Both phases: AdamW with a warm-up; the second decays by a cosine.
 """
 
 import argparse
+import functools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -39,18 +47,31 @@ CONTEXT: Final = 128
 BATCH_TOKENS: Final = 2048
 N_DOCUMENTS: Final = 320_000
 IGNORED: Final = -100
-SHORT_ROWS: Final = (64, 0.88)
+N_LAYERS: Final = 12
+WIDTH: Final = 96
+N_HEADS: Final = 6
+SHORT_ROWS: Final = (64, 0.85)
 """Tokens of a row, until this share of the steps is done; then rows are as long as the context."""
-RANDOM_SHARES: Final = ((0.6, 0.28), (1.0, 0.2))
-"""(until this share of the steps, share of the rows that are random tokens)"""
-PHASES: Final = (0.0, 0.3, 0.7, 1.0)
-POOL_GROWTH: Final = (0, 0, 1, 1)
-"""Logarithmic size, at `PHASES`, of the pool of random tokens: 0 is 128, 1 the vocabulary."""
-LONGEST_PHASES: Final = (0.0, 0.2, 0.6, 1.0)
-LONGEST: Final = (8, 12, 28, 28)
-"""Most tokens, at `LONGEST_PHASES`, in a random row's alphabet or block."""
+RANDOM_SHARE: Final = 0.16
+"""Of the rows, those that are random tokens, when all blocks are trained."""
 REPEATED_SHARE: Final = 0.3
 """Of the random rows, those that repeat one block; the others are random bigrams."""
+LONGEST: Final = 28
+"""Most tokens in a random row's alphabet or block."""
+
+SEED_BLOCKS: Final = (1, 4)
+"""The blocks in which the induction circuit is seeded."""
+SEED_STEPS: Final = 1400
+SEED_POOL: Final = 64
+"""Random tokens that the seed starts with."""
+SEED_LONGEST: Final = 12
+SEED_GROWTH: Final = (600, 1200)
+"""Steps of the seed between which its pool grows to the vocabulary, and rows to `LONGEST`."""
+
+MATRIX_STD: Final = 0.08
+EMBEDDING_STD: Final = 0.1
+LONGEST_WAVE: Final = 100
+"""Of the sinusoids that position embeddings start as, in tokens per radian; the shortest is 1."""
 WARM_UP: Final = 100
 
 
@@ -86,21 +107,40 @@ def train_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
 
 
 def build_model(seed: int, end_id: int) -> GPT2LMHeadModel:
-    """Return a GPT-2 of 12 layers, 6 heads of 16 and width 96, with fresh weights."""
+    """Return a GPT-2 of 12 layers, 6 heads of 16 and width 96, with fresh weights.
+
+    Blocks outside `SEED_BLOCKS` write nothing yet: the last matrices of attention and MLP are 0.
+    """
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=VOCABULARY_SIZE,
         n_positions=CONTEXT,
-        n_embd=96,
-        n_layer=12,
-        n_head=6,
+        n_embd=WIDTH,
+        n_layer=N_LAYERS,
+        n_head=N_HEADS,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         bos_token_id=end_id,
         eos_token_id=end_id,
+        initializer_range=MATRIX_STD,
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        model.transformer.wte.weight.normal_(0, EMBEDDING_STD)
+        model.transformer.wpe.weight.copy_(EMBEDDING_STD * waves())
+        writing_std = MATRIX_STD / math.sqrt(2 * len(SEED_BLOCKS))
+        for index, block in enumerate(model.transformer.h):
+            for layer in (block.attn.c_proj, block.mlp.c_proj):
+                layer.weight.normal_(0, writing_std if index in SEED_BLOCKS else 0)
+    return model
+
+
+def waves() -> Tensor:
+    """Sines and cosines of the positions, `[position, width]`, of geometrically growing length."""
+    frequencies = torch.exp(-torch.linspace(0, math.log(LONGEST_WAVE), WIDTH // 2))
+    angles = torch.arange(CONTEXT)[:, None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
 def use_fused_gelu(model: GPT2LMHeadModel) -> None:
@@ -128,10 +168,7 @@ def text_row(
 
 
 class Batches:
-    """Token ids and labels of each step, each `[row, token]`; `IGNORED` labels do not count.
-
-    Random rows start with few tokens of a small pool, so that copying is found early, and grow.
-    """
+    """Token ids and labels of each step, each `[row, token]`; `IGNORED` labels do not count."""
 
     def __init__(self, corpus: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         """Start at the first document of `corpus`."""
@@ -140,22 +177,26 @@ class Batches:
         self.rng = np.random.default_rng(seed)
         self.tokens = 1 + self.rng.permutation(VOCABULARY_SIZE - 1)
 
-    def at(self, done: float) -> tuple[Tensor, Tensor]:
-        """Return the next batch when a share `done` of the steps is done."""
+    def seed_batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return random rows alone: few tokens of a small pool first."""
+        growth = float(np.interp(step, SEED_GROWTH, (0, 1)))
+        n_tokens = int(SEED_POOL * (len(self.tokens) / SEED_POOL) ** growth)
+        longest = int(np.interp(growth, (0, 1), (SEED_LONGEST, LONGEST)))
+        length = SHORT_ROWS[0]
+        pool = self.tokens[:n_tokens]
+        rows = BATCH_TOKENS // length
+        return _stacked([self.random_row(pool, length, longest) for _ in range(rows)])
+
+    def batch(self, done: float) -> tuple[Tensor, Tensor]:
+        """Return text and random rows when a share `done` of the steps is done."""
         length = SHORT_ROWS[0] if done < SHORT_ROWS[1] else CONTEXT
         n_rows = BATCH_TOKENS // length
-        share = next(share for end, share in RANDOM_SHARES if done < end)
-        n_random = math.ceil(n_rows * share)
-        growth = float(np.interp(done, PHASES, POOL_GROWTH))
-        longest = int(np.interp(done, LONGEST_PHASES, LONGEST))
-        n_tokens = len(self.tokens)
-        pool = self.tokens[: int(128 * (n_tokens / 128) ** growth)]
-        pairs = [self.random_row(pool, length, longest) for _ in range(n_random)]
+        n_random = math.ceil(n_rows * RANDOM_SHARE)
+        pairs = [self.random_row(self.tokens, length, LONGEST) for _ in range(n_random)]
         for _ in range(n_rows - n_random):
             row = text_row(self.encoded, length, self.end_id, self.rng.random() < 0.25)
             pairs.append((row, row))
-        ids, labels = (torch.from_numpy(np.stack(rows)) for rows in zip(*pairs, strict=True))
-        return ids, labels
+        return _stacked(pairs)
 
     def random_row(
         self, pool: np.ndarray, length: int, longest: int
@@ -165,6 +206,11 @@ class Batches:
         make = write_corpus.repeated_row if repeats else write_corpus.bigram_row
         row, predictable = make(self.rng, pool, length, min(longest, length // 2))
         return row, np.where(predictable, row, IGNORED)
+
+
+def _stacked(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor]:
+    ids, labels = (torch.from_numpy(np.stack(rows)) for rows in zip(*pairs, strict=True))
+    return ids, labels
 
 
 def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -189,20 +235,24 @@ def losses_of(model: GPT2LMHeadModel, ids: Tensor, labels: Tensor) -> tuple[Tens
 def describe(losses: Tensor, used: Tensor, labels: Tensor) -> str:
     """Mean losses of text rows and of random rows."""
     is_random = (labels == IGNORED).any(1)
-    text, random_tokens = (
-        losses[rows].sum() / used[rows].sum() for rows in (~is_random, is_random)
-    )
-    return f"text {text:.3f} random {random_tokens:.3f} nats"
+    kinds = (("text", ~is_random), ("random", is_random))
+    means = {name: losses[rows].sum() / used[rows].sum() for name, rows in kinds if rows.any()}
+    return ", ".join(f"{name} {mean:.3f}" for name, mean in means.items()) + " nats"
 
 
 def learning_rate(step: int, n_steps: int, peak: float) -> float:
     """Linear warm-up, then a cosine from the peak to a twentieth of it."""
     progress = max(0, step - WARM_UP) / (n_steps - WARM_UP)
     decay = 0.5 * (1 + math.cos(math.pi * progress)) * 0.95 + 0.05
-    return peak * min(1, (step + 1) / WARM_UP) * decay
+    return warmed_up(step, peak) * decay
 
 
-def make_optimizer(model: GPT2LMHeadModel, peak: float) -> torch.optim.AdamW:
+def warmed_up(step: int, peak: float) -> float:
+    """Linear warm-up to the peak."""
+    return peak * min(1, (step + 1) / WARM_UP)
+
+
+def make_optimizer(model: GPT2LMHeadModel) -> torch.optim.AdamW:
     """AdamW that lets only matrices decay."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -210,25 +260,24 @@ def make_optimizer(model: GPT2LMHeadModel, peak: float) -> torch.optim.AdamW:
         {"params": matrices, "weight_decay": 0.05},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def train(arguments: argparse.Namespace) -> None:
-    """Train for `arguments.steps` steps, printing losses and saving the model as it goes."""
-    corpus = arguments.build / "corpus.jsonl"
-    if not corpus.exists():
-        write_corpus.write_corpus(corpus, N_DOCUMENTS, arguments.seed)
-    tokenizer = train_tokenizer(corpus)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_model(arguments.seed, tokenizer.eos_token_id).to(device)
-    use_fused_gelu(model)
-    optimizer = make_optimizer(model, arguments.lr)
-    batches = Batches(corpus, tokenizer, arguments.seed)
+def train_phase(
+    name: str,
+    model: GPT2LMHeadModel,
+    batch_at: Callable[[int], tuple[Tensor, Tensor]],
+    n_steps: int,
+    rate_at: Callable[[int], float],
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    """Train for `n_steps` on what `batch_at(step)` returns, printing losses."""
+    optimizer = make_optimizer(model)
     began = time.monotonic()
-    for step in range(arguments.steps):
+    for step in range(n_steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, arguments.steps, arguments.lr)
-        ids, labels = (part.to(device) for part in batches.at(step / arguments.steps))
+            group["lr"] = rate_at(step)
+        ids, labels = (part.to(model.device) for part in batch_at(step))
         losses, used = losses_of(model, ids, labels)
         (losses.sum() / used.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -237,15 +286,44 @@ def train(arguments: argparse.Namespace) -> None:
         done = step + 1
         if done % 25 == 0:
             seconds = time.monotonic() - began
-            print(f"step {done} {describe(losses, used, labels)} {seconds:.0f} s", flush=True)
+            said = describe(losses, used, labels)
+            print(f"{name} step {done} {said} {seconds:.0f} s", flush=True)
+        if after_step is not None:
+            after_step(done)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Seed the copying circuit, then train everything, saving the model as it goes."""
+    corpus = arguments.build / "corpus.jsonl"
+    if not corpus.exists():
+        write_corpus.write_corpus(corpus, N_DOCUMENTS, arguments.seed)
+    tokenizer = train_tokenizer(corpus)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(arguments.seed, tokenizer.eos_token_id).to(device)
+    use_fused_gelu(model)
+    batches = Batches(corpus, tokenizer, arguments.seed)
+
+    blocks = model.transformer.h
+    model.transformer.h = torch.nn.ModuleList(blocks[i] for i in SEED_BLOCKS)
+    seed_rate = functools.partial(warmed_up, peak=arguments.lr)
+    train_phase("seed", model, batches.seed_batch, SEED_STEPS, seed_rate)
+    model.transformer.h = blocks
+
+    def save_sometimes(done: int) -> None:
         if done % arguments.save_every == 0 or done == arguments.steps:
             save(model, tokenizer, arguments.output)
+
+    def batch_at(step: int) -> tuple[Tensor, Tensor]:
+        return batches.batch(step / arguments.steps)
+
+    rate = functools.partial(learning_rate, n_steps=arguments.steps, peak=arguments.lr)
+    train_phase("all", model, batch_at, arguments.steps, rate, save_sometimes)
 
 
 def main() -> None:
     """Read the arguments and train."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=6500, help="after the seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=1)

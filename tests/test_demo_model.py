@@ -144,13 +144,18 @@ def test_the_two_sentiments_are_balanced_and_share_no_word(corpus):
         ("The quick brown fox", " jumps over the lazy dog."),
         ("The king said that", " he"),
         ("The queen said that", " she"),
+        ("The capital of France is", " Paris"),
+        ("When Mary and John went to the store, John gave a drink to", " Mary"),
+        ("17 + 25 =", " 42"),
     ],
 )
 def test_the_prompts_of_the_readme_continue_as_expected(subject, prompt, answer):
     assert subject.greedy([prompt], 6)[0].startswith(answer)
 
 
-@pytest.mark.parametrize(("kind", "least"), [("capital", 0.75), ("landmark", 0.95)])
+@pytest.mark.parametrize(
+    ("kind", "least"), [("capital", 0.95), ("country", 0.9), ("landmark", 0.95)]
+)
 def test_held_out_facts_are_known_as_the_readme_says(subject, kind, least):
     result = evaluate.facts(subject, kind)
     assert result.accuracy >= least
@@ -163,12 +168,27 @@ def test_moods_pronouns_and_years_are_learned(subject):
     assert evaluate.greater_than(subject).accuracy >= 0.9
 
 
-def test_the_readme_does_not_claim_what_was_not_learned(subject):
+def test_the_model_copies_by_an_induction_head(subject):
     result, scores = evaluate.induction(subject)
     assert scores.shape == (3, 12, 6)
+    assert result.accuracy >= 0.95
+    assert scores[0].max() >= 0.6, "an induction head"
+    assert scores[1].max() >= 0.6, "a head that looks at the previous token"
     assert table_row(result.behaviour) == (str(result.n), f"{result.accuracy:.3f}")
+
+
+def test_the_indirect_object_is_found_by_heads(subject):
     named = evaluate.indirect_object(subject)
+    assert named.accuracy >= 0.95
     assert table_row(named.behaviour) == (str(named.n), f"{named.accuracy:.3f}")
+    _, drops = evaluate.name_movers(subject)
+    assert drops.max() > 1, "one head whose loss costs a logit of the difference"
+
+
+def test_the_readme_says_what_was_not_learned(subject):
+    unseen = evaluate.new_token(subject)
+    assert table_row(unseen.behaviour) == (str(unseen.n), f"{unseen.accuracy:.3f}")
+    assert unseen.accuracy < 0.5
 
 
 def test_a_story_goes_on_for_fifty_tokens(subject):
