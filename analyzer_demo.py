@@ -12,20 +12,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from activation_extraction import compare_activations
 from model_analyzer import ModelAnalyzer
 from model_loader import DEMO_MODEL
 from visualization import plot_convergence_analysis, plot_embeddings_2d, plot_lens_heatmap
 
-PROMPT = "The Eiffel Tower is in"
-OTHER = "The Colosseum is in"
+PROMPT = "The capital of France is"
+OTHER = "The capital of Italy is"
+HAPPY = ["I am happy", "This is great", "I am so glad"]
+SAD = ["I am sad", "This is terrible", "I am so unhappy"]
 OUT = Path("out")
-
-
-def introduce(analyzer: ModelAnalyzer) -> None:
-    """Say what was loaded, and prove that it was understood."""
-    analyzer.print_architecture_summary()
-    print(f"\nDoes the toolkit understand this model?\n{analyzer.check()}")
 
 
 def follow_one_prompt(analyzer: ModelAnalyzer, prompt: str) -> None:
@@ -42,13 +37,30 @@ def follow_one_prompt(analyzer: ModelAnalyzer, prompt: str) -> None:
     plot_convergence_analysis(analyzer.lens, prompt, save_path=OUT / "convergence.png")
 
 
-def compare_two_prompts(analyzer: ModelAnalyzer, prompt: str, other: str) -> None:
-    """See in which layers two prompts part."""
-    first, second = analyzer.extract_batch_activations([prompt, other], show_progress=False)
-    print(f"\nHow alike are {prompt!r} and {other!r} at their last token?")
-    for layer in range(0, analyzer.get_num_layers(), 2):
-        cosine = compare_activations(first, second, layer, position=-1)
-        print(f"  layer {layer:>2}  {'█' * round(30 * max(cosine, 0)):<30} {cosine:.3f}")
+def find_where_it_decides(analyzer: ModelAnalyzer, prompt: str, other: str) -> None:
+    """Put one prompt's activations into the other's run, and see what brings its answer back."""
+    sweep = analyzer.patching_sweep(prompt, other, metric="log_prob", normalize=True, align="end")
+    sweep.plot(save_path=OUT / "patching.png")
+    print(f"\nWhat of {prompt!r} brings {sweep.answer!r} back in {other!r}?")
+    for position, token in enumerate(sweep.tokens):
+        found = sweep.to_frame().query(f"position == {position} and value > 0.5")["layer"]
+        where = f"entering layers {found.min()} to {found.max()}" if len(found) else "-"
+        print(f"  the stream at {token!r:<12} {where}")
+    heads = analyzer.patching_sweep(
+        prompt, other, "head_out", metric="log_prob", normalize=True, positions="last", align="end"
+    )
+    named = ", ".join(f"{r.layer}.{r.head} ({r.value:.2f})" for r in heads.top(3).itertuples())
+    print(f"  the heads that do it at the last token: {named}")
+
+
+def steer(analyzer: ModelAnalyzer) -> None:
+    """Push one sentence towards joy and towards grief."""
+    print("\nThe same prompt, steered from sad to happy:")
+    for coefficient in (-2.0, 0.0, 2.0):
+        text = analyzer.generate_with_steering(
+            "Today I feel", HAPPY, SAD, coefficient=coefficient, max_new_tokens=14
+        )
+        print(f"  {coefficient:+.0f}  {text!r}")
 
 
 def look_at_many_prompts(analyzer: ModelAnalyzer) -> None:
@@ -56,15 +68,12 @@ def look_at_many_prompts(analyzer: ModelAnalyzer) -> None:
     pairs = [(i, j) for i in range(1, 33) for j in range(1, 33)]
     prompts = [f"{i} + {j} = " for i, j in pairs]
     records = analyzer.extract_batch_activations(prompts, positions="last", show_progress=False)
-    path = OUT / "sums.safetensors"
-    analyzer.save_activations(records, path, format="safetensors")
-    size = path.stat().st_size / 2**20
-    print(f"\nKept every layer at the last token of {len(records)} sums: {path} ({size:.1f} MiB)")
+    path = analyzer.save_activations(records, OUT / "sums.safetensors")
+    print(f"\nKept every layer at the last token of {len(records)} sums: {path}")
     vectors = [record.layer_activations[-1][0, -1].numpy() for record in records]
-    sums = [i + j for i, j in pairs]
-    title = "The last layer at the end of 'i + j = ', coloured by i + j"
+    colors, title = [i + j for i, j in pairs], "The last layer at the end of 'i + j = '"
     plot_embeddings_2d(
-        vectors, colors=sums, title=title, show_labels=False, save_path=OUT / "sums.png"
+        vectors, colors=colors, title=title, show_labels=False, save_path=OUT / "sums.png"
     )
 
 
@@ -73,12 +82,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Where does a model decide what comes next?")
     parser.add_argument("model", nargs="?", default=str(DEMO_MODEL), help="folder or hub id")
     parser.add_argument("prompt", nargs="?", default=PROMPT)
-    parser.add_argument("--other", default=OTHER, help="a prompt to compare it with")
+    parser.add_argument("--other", default=OTHER, help="a prompt with another answer")
     arguments = parser.parse_args()
     analyzer = ModelAnalyzer(arguments.model)
-    introduce(analyzer)
+    analyzer.print_architecture_summary()
+    print(f"\nDoes the toolkit understand this model?\n{analyzer.check()}")
     follow_one_prompt(analyzer, arguments.prompt)
-    compare_two_prompts(analyzer, arguments.prompt, arguments.other)
+    find_where_it_decides(analyzer, arguments.prompt, arguments.other)
+    steer(analyzer)
     look_at_many_prompts(analyzer)
     print(f"\nPictures: {', '.join(str(p) for p in sorted(OUT.glob('*.png')))}")
 

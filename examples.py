@@ -22,6 +22,19 @@ from activation_extraction import (
     compare_activations,
     get_activation_statistics,
 )
+from intervention import (
+    ActivationPatch,
+    CausalTracer,
+    ablate,
+    activation_patch_experiment,
+    compute_feature_attribution,
+    create_steering_vector,
+    generate_with_patching,
+    patch_paths,
+    patching_sweep,
+    path_patching,
+    steer_generation,
+)
 from logit_lens import LogitLens
 from model_loader import DEMO_MODEL, ModelInspector, compare_architectures
 from visualization import (
@@ -100,6 +113,55 @@ def embedding_visualization() -> None:
     print("100 points in 768 dimensions →", reduce_dimensions(points, method="pca").shape)
 
 
+def activation_patching() -> None:
+    """One layer, every layer, every layer and token, every head; and one patch while generating."""
+    loaded: Any = ModelInspector(DEMO_MODEL).load_model()
+    model, tokenizer = loaded
+    clean, corrupted = "The capital of France is", "The capital of Italy is"
+    result = activation_patch_experiment(model, tokenizer, clean, corrupted, layer_name="6")
+    print(f"layer 6, last token: effect {result['effect']:.3f}")
+    effects = path_patching(model, tokenizer, clean, corrupted)
+    print("every layer:", {layer: round(effect, 2) for layer, effect in effects.items()})
+    sweep = patching_sweep(model, tokenizer, clean, corrupted, normalize=True)
+    sweep.plot(save_path=OUT / "patching.png")
+    heads = patching_sweep(model, tokenizer, clean, corrupted, "head_out", normalize=True)
+    print(sweep, heads, heads.top(3), sep="\n")
+    record = ActivationExtractor(model, tokenizer).extract_activations(corrupted)
+    patch = ActivationPatch(layer_name="transformer.h.5", position=-1, value=record)
+    print(generate_with_patching(model, tokenizer, clean, patch, max_new_tokens=2))
+
+
+def causal_tracing() -> None:
+    """Heads, MLPs, the subject; paths between components; what is lost without them."""
+    loaded: Any = ModelInspector(DEMO_MODEL).load_model()
+    model, tokenizer = loaded
+    clean, corrupted = "The capital of France is", "The capital of Italy is"
+    tracer = CausalTracer(model, tokenizer)
+    print("largest head:", float(tracer.trace_attention_heads(clean, corrupted).max()))
+    mlps = tracer.trace_mlp_layers(clean, corrupted)
+    print("MLPs:", {layer: round(effect, 2) for layer, effect in mlps.items()})
+    trace = tracer.trace_subject(clean, "France", samples=5)
+    trace.plot(save_path=OUT / "trace.png")
+    print(trace, trace.top(3), sep="\n")
+    print(patch_paths(model, tokenizer, clean, corrupted, "heads", "logits").top(3))
+    print(ablate(model, tokenizer, [clean, corrupted], "heads", "mean").top(3))
+    print("neurons:", compute_feature_attribution(model, tokenizer, clean, 9, site="mlp_neurons"))
+
+
+def steering() -> None:
+    """A direction from contrastive prompts, and the same prompt steered both ways."""
+    loaded: Any = ModelInspector(DEMO_MODEL).load_model()
+    model, tokenizer = loaded
+    positive, negative = ["I am happy", "This is great"], ["I am sad", "This is terrible"]
+    layer = "transformer.h.6"
+    vector = create_steering_vector(model, tokenizer, positive, negative, layer_name=layer)
+    for coefficient in (-2.0, 0.0, 2.0):
+        text = steer_generation(
+            model, tokenizer, "Today I feel", vector, layer, coefficient, max_new_tokens=12
+        )
+        print(f"{coefficient:+.0f}  {text!r}")
+
+
 EXAMPLES: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
@@ -108,6 +170,9 @@ EXAMPLES: dict[str, Callable[[], None]] = {
         saving_and_loading,
         logit_lens_analysis,
         embedding_visualization,
+        activation_patching,
+        causal_tracing,
+        steering,
     )
 }
 

@@ -320,7 +320,10 @@ def plot_metric_panels(
             columns = 2 if wide < 9 or len(names) == 4 else 1
             lines = -(-len(names) // columns)
             figure = new_figure(figsize or (wide * columns, high * lines + 0.3))
-            axes = figure.subplots(lines, columns, squeeze=False).ravel()[: len(names)]
+            sheet = figure.subplots(lines, columns, squeeze=False).ravel()
+            axes = sheet[: len(names)]
+            for unused in sheet[len(names) :]:
+                unused.remove()
             figure.suptitle(title or "", fontsize=12)
         panels = axes_list(axes, len(names))
         for ax, name in zip(panels, names, strict=True):

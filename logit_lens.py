@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
 from forward_pass import InputError, ModuleTap, Recording, Site, SiteError, attached, record, resume
@@ -31,7 +30,7 @@ from lens_metrics import DEFAULT_METRICS, RowMeter, check_metrics
 from lens_result import TUNED_SITES, LensResult, previous_row, resolve_layers, row_sites
 from model_architecture import Architecture, Layer
 from model_loader import load_model
-from tokenization import Prompt, check_ids, encode, token_strings
+from tokenization import Prompt, check_ids, encode, token_id, token_strings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,7 +64,7 @@ class LogitLens:
         *,
         tuned: TunedLens | None = None,
     ) -> None:
-        live = isinstance(model_or_path, transformers.PreTrainedModel)
+        live = not isinstance(model_or_path, str | Path)
         self.model, self.tokenizer = load_model(
             model_or_path, None if live else device, tokenizer=tokenizer
         )
@@ -318,20 +317,7 @@ class LogitLens:
         Raises:
             InputError: it is no token, or several.
         """
-        if isinstance(token, int):
-            check_ids([token], self.architecture.config)
-            return token
-        if self.tokenizer is None:
-            raise InputError("a target given as text needs a tokenizer; give its id instead")
-        ids, spaced = (
-            self.tokenizer(written, add_special_tokens=False)["input_ids"]
-            for written in (token, f" {token}")
-        )
-        if len(ids) != 1:
-            pieces = token_strings(self.tokenizer, ids)
-            hint = f"; {' ' + token!r} is one token" if len(spaced) == 1 else ""
-            raise InputError(f"the target {token!r} is {len(ids)} tokens ({pieces}), not one{hint}")
-        return int(ids[0])
+        return token_id(self.tokenizer, token, self.architecture.config)
 
     # --- The contract's tables -------------------------------------------------------------------
 

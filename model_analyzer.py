@@ -1,7 +1,8 @@
 """`ModelAnalyzer`: one loaded model, and everything the toolkit can do with it.
 
-Load once, then generate, extract, read the lens, inspect. Every method is one call of a function in
-a sibling module, named in its docstring; delete this file and only convenience is lost.
+Load once, then generate, extract, read the lens, patch, steer, inspect. Every method is one call of
+a function in a sibling module, named in its docstring; delete this file and only convenience is
+lost.
 
     from model_analyzer import ModelAnalyzer
 
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ablation import ablate
 from activation_extraction import (
     DEFAULT_BATCH,
     ActivationExtractor,
@@ -29,7 +31,17 @@ from activation_extraction import (
     save_activations,
 )
 from architecture_check import ArchitectureReport, check_architecture
+from causal_tracing import trace_subject
+from direction_finding import find_direction
+from feature_attribution import compute_feature_attribution
 from generation import decode_text, generate
+from intervention import (
+    Patches,
+    activation_patch_experiment,
+    generate_with_patching,
+    patch_and_run,
+    path_patching,
+)
 from lens_reports import (
     analyze_generation_token,
     predict_last,
@@ -39,8 +51,16 @@ from lens_reports import (
 from logit_lens import LogitLens
 from model_architecture import Layer
 from model_loader import DEMO_MODEL, ModelInspector, ModelSource, load_model
+from node_effects import AblationEffects, PathEffects
+from patching_sweep import patching_sweep
+from path_patching import patch_paths
 from record_files import DEFAULT_FORMAT
+from steering import generate_with_steering
+from steering_direction import Direction
+from steering_sweep import COEFFICIENTS, SteeringSweep, steering_sweep
+from sweep_result import SweepResult
 from tokenization import Positions, Prompt, encode, token_strings
+from trace_result import CausalTrace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -260,6 +280,217 @@ class ModelAnalyzer:
             layer_step,
             top_k,
             **generation_kwargs,
+        )
+
+    # --- Patching --------------------------------------------------------------------------------
+
+    def generate_with_patching(
+        self,
+        prompt: Prompt,
+        patches: Patches,
+        max_new_tokens: int = 50,
+        **generation_kwargs: Any,
+    ) -> str:
+        """Continue a prompt while patches hold; the same text with and without a cache.
+
+        See `intervention.generate_with_patching`.
+        """
+        return generate_with_patching(
+            self.model, self.tokenizer, prompt, patches, max_new_tokens, **generation_kwargs
+        )
+
+    def patch_and_run(self, prompt: Prompt, patches: Patches) -> Tensor:
+        """Logits ``[1, position, vocab]`` of a prompt with activations exchanged.
+
+        See `intervention.patch_and_run`.
+        """
+        return patch_and_run(self.model, self.tokenizer, prompt, patches)
+
+    def activation_patch_experiment(
+        self,
+        clean_prompt: Prompt,
+        corrupted_prompt: Prompt,
+        layer_name: Layer,
+        position: int = -1,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """One activation of the corrupted run, put into the clean run: logits and effect.
+
+        See `intervention.activation_patch_experiment`.
+        """
+        return activation_patch_experiment(
+            self.model,
+            self.tokenizer,
+            clean_prompt,
+            corrupted_prompt,
+            layer_name,
+            position,
+            **options,
+        )
+
+    def path_patching(
+        self,
+        clean_prompt: Any,
+        corrupted_prompt: Any,
+        layers_to_test: Sequence[Layer] | None = None,
+        metric: Any = "distance",
+        **options: Any,
+    ) -> dict[int, float]:
+        """``{layer: effect}`` of the corrupted run's last position in the clean run.
+
+        0 is no effect, 1 all of it. See `intervention.path_patching`.
+        """
+        return path_patching(
+            self.model,
+            self.tokenizer,
+            clean_prompt,
+            corrupted_prompt,
+            layers_to_test,
+            metric,
+            **options,
+        )
+
+    def patching_sweep(
+        self,
+        clean_prompt: Any,
+        corrupted_prompt: Any,
+        site: str = "resid_pre",
+        **options: Any,
+    ) -> SweepResult:
+        """Every layer × position, head or neuron exchanged between two prompts, one at a time.
+
+        See `patching_sweep.patching_sweep`.
+        """
+        return patching_sweep(
+            self.model, self.tokenizer, clean_prompt, corrupted_prompt, site, **options
+        )
+
+    def patch_paths(
+        self,
+        clean_prompt: Any,
+        corrupted_prompt: Any,
+        senders: Any = "heads",
+        receivers: Any = "logits",
+        **options: Any,
+    ) -> PathEffects:
+        """What each sender tells the receivers alone, all else being as in the clean run.
+
+        Senders and receivers are written ``"9.6"``, ``"9.6.q"``, ``"mlp 3"``, ``"logits"``.
+        See `path_patching.patch_paths`.
+        """
+        return patch_paths(
+            self.model,
+            self.tokenizer,
+            clean_prompt,
+            corrupted_prompt,
+            senders,
+            receivers,
+            **options,
+        )
+
+    def trace_subject(
+        self, prompt: Prompt, subject: str | Positions, **options: Any
+    ) -> CausalTrace:
+        """Noise a prompt's subject and restore one site at one position (Meng et al. 2022).
+
+        See `causal_tracing.trace_subject`.
+        """
+        return trace_subject(self.model, self.tokenizer, prompt, subject, **options)
+
+    def ablate(
+        self, prompts: Any, components: Any = "all", method: str = "mean", **options: Any
+    ) -> AblationEffects:
+        """How far the metric drops without each head and MLP, or several at once.
+
+        ``method`` is ``"zero"``, ``"mean"`` or ``"resample"``. See `ablation.ablate`.
+        """
+        return ablate(self.model, self.tokenizer, prompts, components, method, **options)
+
+    def compute_feature_attribution(
+        self,
+        prompt: Prompt,
+        layer_name: Layer,
+        position: int = -1,
+        n_features: int = 10,
+        **options: Any,
+    ) -> list[tuple[int, float]]:
+        """``(feature, importance)`` of one token's activation, by exact ablation.
+
+        See `feature_attribution.compute_feature_attribution`.
+        """
+        return compute_feature_attribution(
+            self.model, self.tokenizer, prompt, layer_name, position, n_features, **options
+        )
+
+    # --- Steering --------------------------------------------------------------------------------
+
+    def generate_with_steering(
+        self,
+        prompt: Prompt,
+        positive_examples: Sequence[Prompt],
+        negative_examples: Sequence[Prompt],
+        layer_name: Layer | Sequence[Layer] | None = None,
+        coefficient: float = 2.0,
+        max_new_tokens: int = 50,
+        **generation_kwargs: Any,
+    ) -> str:
+        """Continue a prompt, steered from the negative examples towards the positive ones.
+
+        ``layer_name=None`` is the middle layer; a negative coefficient steers the other way.
+        ``positions``, ``operation``, ``keep_norm``, ``method``, ``read`` and what
+        ``model.generate`` takes may follow. See `steering.generate_with_steering`.
+        """
+        return generate_with_steering(
+            self.model,
+            self.tokenizer,
+            prompt,
+            positive_examples,
+            negative_examples,
+            layer_name,
+            coefficient,
+            max_new_tokens,
+            **generation_kwargs,
+        )
+
+    def find_direction(
+        self,
+        positive_examples: Sequence[Prompt],
+        negative_examples: Sequence[Prompt],
+        layer: Layer,
+        **options: Any,
+    ) -> Direction:
+        """What tells positive from negative examples at one layer: ``vector [d_model]``.
+
+        ``method``, ``read``, ``site``, ``normalize`` and ``label`` may follow.
+        See `direction_finding.find_directions`.
+        """
+        return find_direction(
+            self.model, self.tokenizer, positive_examples, negative_examples, layer, **options
+        )
+
+    def steering_sweep(
+        self,
+        prompts: Sequence[Prompt],
+        positive_examples: Sequence[Prompt],
+        negative_examples: Sequence[Prompt],
+        layers: Layer | Sequence[Layer] | None = None,
+        coefficients: Sequence[float] = COEFFICIENTS,
+        **options: Any,
+    ) -> SteeringSweep:
+        """Effect and perplexity of every layer and coefficient, over sampled continuations.
+
+        ``score=`` a function of a text, or ``positive_words=`` and ``negative_words=``, must
+        follow. See `steering_sweep.steering_sweep`.
+        """
+        return steering_sweep(
+            self.model,
+            self.tokenizer,
+            prompts,
+            positive_examples,
+            negative_examples,
+            layers,
+            coefficients,
+            **options,
         )
 
     # --- Inspection ------------------------------------------------------------------------------

@@ -5,16 +5,20 @@ its tokenizer. A folder is read without any network access; code shipped with a 
 unless asked for (``trust_remote_code=True``); weights that a checkpoint lacks are an error, never
 random numbers, and so is a tokenizer without a vocabulary.
 
-`ModelInspector` answers questions about a model. What needs only the config
+`ModelInspector` answers questions about a model (`model_inspection`). What needs only the config
 (`get_architecture_summary`, `get_num_layers`) or only the shapes (`get_layer_names`,
-`get_parameter_count`) does not load the weights.
+`get_parameter_count`) does not load the weights; the config alone does not even import
+transformers' modeling code.
 """
 
 from __future__ import annotations
 
 import difflib
+import gc
+import sys
 from collections.abc import Sequence
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,11 +28,38 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from forward_pass import ArchitectureError, InputError, LayerError
+from forward_pass import ArchitectureError, InputError
 from model_architecture import Architecture, Layer, text_config
+from model_inspection import (
+    SUMMARY_FIELDS,
+    architecture_summary,
+    find_module,
+    format_summary,
+    parameter_count,
+    part_names,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "DEMO_MODEL",
+    "SUMMARY_FIELDS",
+    "ModelInspector",
+    "ModelLoadError",
+    "ModelSource",
+    "architecture_summary",
+    "compare_architectures",
+    "find_module",
+    "format_summary",
+    "load_model",
+    "load_model_from_path",
+    "parameter_count",
+    "part_names",
+    "usable_device",
+    "weights_of",
+]
 
 DEMO_MODEL = Path(__file__).resolve().parent / "demo_model"
 """The small trained model that comes with the toolkit."""
@@ -93,7 +124,7 @@ def load_model(
         ArchitectureError: the model is not a decoder-only language model.
         InputError: arguments that contradict each other.
     """
-    if isinstance(source, transformers.PreTrainedModel):
+    if not isinstance(source, str | Path):
         return _live_model(source, device, tokenizer, load_tokenizer, loading)
     if loading.get("device_map") is None:
         target = usable_device(device)
@@ -126,6 +157,7 @@ def _live_model(
     load_tokenizer: bool,
     loading: dict[str, Any],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    _require_live(model)
     if loading:
         raise InputError(f"{', '.join(loading)} cannot be used with a model that is already loaded")
     here = model.device
@@ -145,12 +177,15 @@ def _live_model(
     return model, tokenizer
 
 
+def _require_live(model: PreTrainedModel) -> None:
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise InputError(
+            f"a model is a folder, a hub id or a live PreTrainedModel, not {type(model).__name__}"
+        )
+
+
 def _locate(source: str | Path, loading: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The folder or hub id, and the options that config, tokenizer and weights share."""
-    if not isinstance(source, str | Path):
-        raise InputError(
-            f"a model is a folder, a hub id or a live PreTrainedModel, not {type(source).__name__}"
-        )
     options: dict[str, Any] = {
         name: loading[name]
         for name in ("revision", "token", "cache_dir", "subfolder")
@@ -226,10 +261,29 @@ def _load_tokenizer(place: str, options: dict[str, Any]) -> PreTrainedTokenizerB
     return tokenizer
 
 
+def _import_modeling() -> None:
+    """Import the part of transformers under every model class, the cycle collector held back.
+
+    The objects of these 1,500 modules live as long as the process. The collector would go through
+    all of them three times meanwhile: a sixth of the time in which a small model is ready.
+    """
+    if "transformers.modeling_utils" in sys.modules or not gc.isenabled():
+        return
+    gc.disable()
+    try:
+        import_module("transformers.modeling_utils")
+    finally:
+        if gc.get_freeze_count() == 0:
+            gc.freeze()  # the two together make everything old,
+            gc.unfreeze()  # without a look at it; nothing stays frozen
+        gc.enable()
+
+
 def _load_weights(
     place: str, config: Any, head: bool, device: torch.device | None, loading: dict[str, Any]
 ) -> PreTrainedModel:
     """The model on ``device`` (None: where ``device_map`` says), no weight of it made up."""
+    _import_modeling()
     kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
     own = getattr(config, "quantization_config", None)
     quantized = own is not None or loading.get("quantization_config") is not None
@@ -273,100 +327,6 @@ def _first_line(err: BaseException) -> str:
 
 # --- Inspection -----------------------------------------------------------------------------------
 
-SUMMARY_FIELDS = {
-    "model_type": ("model_type",),
-    "num_layers": ("num_hidden_layers",),
-    "hidden_size": ("hidden_size",),
-    "num_attention_heads": ("num_attention_heads",),
-    "head_dim": ("head_dim",),
-    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
-    "vocab_size": ("vocab_size",),
-    "max_position_embeddings": ("max_position_embeddings", "max_seq_len"),
-    "activation_function": ("activation_function", "hidden_act", "hidden_activation", "activation"),
-}
-"""Keys of the architecture summary, and the config attributes that may hold each."""
-
-
-def architecture_summary(config: Any) -> dict[str, Any]:
-    """What a config says of the decoder; a key is None where the config does not say.
-
-    Args:
-        config: A Hugging Face config.
-
-    Returns:
-        The keys of `SUMMARY_FIELDS`.
-    """
-    config = text_config(config)
-    summary = {
-        key: next(
-            (value for name in names if (value := getattr(config, name, None)) is not None), None
-        )
-        for key, names in SUMMARY_FIELDS.items()
-    }
-    hidden, heads = summary["hidden_size"], summary["num_attention_heads"]
-    if summary["head_dim"] is None and isinstance(hidden, int) and isinstance(heads, int):
-        summary["head_dim"] = hidden // heads
-    left_open = any(
-        getattr(config, name, 0) is None for name in SUMMARY_FIELDS["intermediate_size"]
-    )
-    if summary["intermediate_size"] is None and left_open and isinstance(hidden, int):
-        summary["intermediate_size"] = 4 * hidden  # n_inner=None means four times the width
-    return summary
-
-
-def format_summary(summary: dict[str, Any], title: str) -> str:
-    """A summary as aligned text."""
-    width = max(len(key) for key in summary)
-    rows = (
-        f"  {key:<{width}}  {'-' if value is None else value}" for key, value in summary.items()
-    )
-    return "\n".join([title, *rows])
-
-
-def parameter_count(model: nn.Module) -> dict[str, int]:
-    """Number of parameters, tied ones counted once: ``total, trainable, non_trainable``."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(
-        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
-    )
-    return {"total": total, "trainable": trainable, "non_trainable": total - trainable}
-
-
-def find_module(model: PreTrainedModel, name: Layer) -> nn.Module:
-    """A module by its dotted name, with or without leading parts; a block by any spelling.
-
-    Args:
-        model: Where to look.
-        name: ``"transformer.h.5.attn"``, ``"h.5.attn"``; for a block also ``5``, ``"5"`` or ``-1``.
-
-    Raises:
-        LayerError: there is none, or more than one; the message names the nearest.
-    """
-    names = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
-    base = f"{model.base_model_prefix}."
-    for exact in (str(name), str(name).removeprefix(base), f"{base}{name}"):
-        if exact in names:
-            return model.get_submodule(exact)
-    architecture = Architecture(model)
-    try:
-        return architecture.blocks[architecture.resolve(name)]
-    except LayerError as err:
-        fitting = [path for path in names if path.endswith(f".{name}")]
-        if len(fitting) == 1:
-            return model.get_submodule(fitting[0])
-        if fitting:
-            raise LayerError(
-                f"{name!r} fits {len(fitting)} modules, from {fitting[0]!r} to {fitting[-1]!r}: "
-                "write more of the name"
-            ) from None
-        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
-        raise LayerError(f"{err}; of all modules the nearest is {near[0]!r}") from None
-
-
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters by name, detached: the live storage, not a copy."""
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
-
 
 class ModelInspector:
     """Looks at a model in a folder or on the hub, loading no more of it than a question needs.
@@ -389,12 +349,12 @@ class ModelInspector:
         self.model_path, self.device, self._loading = model_path, device, loading
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._model: PreTrainedModel | None = None
-        if isinstance(model_path, transformers.PreTrainedModel):
+        if isinstance(model_path, str | Path):
+            self.config = _load_config(*_locate(model_path, loading))
+        else:
+            _require_live(model_path)
             self._model = model_path
             self.config = model_path.config
-        else:
-            place, options = _locate(model_path, loading)
-            self.config = _load_config(place, options)
 
     def __repr__(self) -> str:
         state = "not loaded" if self._model is None else "loaded"
@@ -424,11 +384,7 @@ class ModelInspector:
             self._model, self.tokenizer = load_model(
                 self.model_path, device, load_tokenizer=load_tokenizer, **self._loading
             )
-        elif (
-            load_tokenizer
-            and self.tokenizer is None
-            and not isinstance(self.model_path, transformers.PreTrainedModel)
-        ):
+        elif load_tokenizer and self.tokenizer is None and isinstance(self.model_path, str | Path):
             self.tokenizer = _load_tokenizer(*_locate(self.model_path, self._loading))
         return self._model, self.tokenizer
 
@@ -441,6 +397,7 @@ class ModelInspector:
     def _empty(self) -> PreTrainedModel:
         """The model's modules on the meta device: shapes, no weights."""
         _refuse_encoder_decoder(self.config, str(self.model_path))
+        _import_modeling()
         kind = (
             transformers.AutoModelForCausalLM
             if self._loading.get("head", True)
@@ -497,17 +454,6 @@ class ModelInspector:
         return weights_of(find_module(self.model, name))
 
 
-def part_names(architecture: Architecture, part: str) -> list[str]:
-    """Full names of the blocks' attention or MLP modules, in order, where a block has one.
-
-    Args:
-        architecture: The model.
-        part: ``attention`` or ``mlp``.
-    """
-    names = [architecture.part_name(layer, part) for layer in range(architecture.n_layers)]
-    return [name for name in names if name is not None]
-
-
 def compare_architectures(paths: Sequence[ModelSource]) -> dict[str, dict[str, Any]]:
     """The summaries of several models side by side; reads configs and shapes, no weights.
 
@@ -532,6 +478,6 @@ def compare_architectures(paths: Sequence[ModelSource]) -> dict[str, dict[str, A
 
 
 def _name_of(source: ModelSource) -> str:
-    if isinstance(source, transformers.PreTrainedModel):
-        return source.name_or_path or type(source).__name__
-    return str(source)
+    if isinstance(source, str | Path):
+        return str(source)
+    return source.name_or_path or type(source).__name__

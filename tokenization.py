@@ -157,6 +157,34 @@ def context_length(config: Any) -> int | None:
     return next((length for length in found if isinstance(length, int) and length > 0), None)
 
 
+def token_id(tokenizer: PreTrainedTokenizerBase | None, token: str | int, config: Any) -> int:
+    """The id of a token given by text (which must be exactly one token) or by id.
+
+    Args:
+        tokenizer: Needed for a text.
+        token: Text, with its leading space where it has one, or an id.
+        config: The model's text config, to check an id.
+
+    Raises:
+        InputError: it is no token, or several.
+    """
+    if not isinstance(token, str):
+        (number,) = as_ids([token])
+        check_ids([number], config)
+        return number
+    if tokenizer is None:
+        raise InputError("a token given as text needs a tokenizer; give its id instead")
+    ids, spaced = (
+        tokenizer(written, add_special_tokens=False)["input_ids"]
+        for written in (token, f" {token}")
+    )
+    if len(ids) != 1:
+        pieces = token_strings(tokenizer, ids)
+        hint = f"; {' ' + token!r} is one token" if len(spaced) == 1 else ""
+        raise InputError(f"{token!r} is {len(ids)} tokens ({pieces}), not one{hint}")
+    return int(ids[0])
+
+
 _TOKEN_STRINGS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, str]] = WeakKeyDictionary()
 
 

@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -76,6 +76,49 @@ def double_loop(model: GPT2LMHeadModel, states: Tensor) -> None:
         shares.sort(descending=True)
 
 
+def transformer_lens_ways(ids: Tensor) -> dict[str, Callable[[], object]]:
+    """The lens by TransformerLens, on the same weights; none where it is not installed.
+
+    Its bridge wraps a model in place, so it gets a copy of its own. Two calls are timed: the recipe
+    of its documentation (cache the residual stream before each block and after the last,
+    `accumulated_resid` with the final norm, `unembed` each) as far as the ten best tokens and their
+    log-probabilities; and its own `logit_lens` with ``top_k=10``, which adds each cell's entropy
+    and a check of the last row against the model.
+    """
+    if find_spec("transformer_lens") is None:
+        print("\nTransformerLens is not installed here, so it is not timed")
+        return {}
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+    from transformer_lens.tools.analysis.logit_lens import logit_lens
+
+    model = gpt2_small(1024)
+    with torch.no_grad():
+        expected = model(ids).logits
+    bridge = build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(12)]
+    names.append("blocks.11.hook_resid_post")
+
+    @torch.no_grad()
+    def rows() -> Iterator[Tensor]:
+        """The logits of each row, ``[1, position, vocab]``, the embedding first."""
+        _, cache = bridge.run_with_cache(ids, names_filter=names)
+        for stream in cache.accumulated_resid(apply_ln=True):
+            yield bridge.unembed(stream)
+
+    def recipe() -> None:
+        for logits in rows():
+            logits.log_softmax(-1).topk(10)
+
+    *_, last = rows()
+    torch.testing.assert_close(last, expected, rtol=0, atol=1e-3)
+    return {
+        "TransformerLens: cache, unembed, top tokens": recipe,
+        "TransformerLens: its logit_lens": lambda: logit_lens(
+            bridge, ids, positions=None, return_type="log_probs", top_k=10
+        ),
+    }
+
+
 def bench_speed(rounds: int) -> None:
     """All layers and metrics of a text of `LENGTH` tokens."""
     model = gpt2_small(1024)
@@ -91,43 +134,12 @@ def bench_speed(rounds: int) -> None:
         "logit lens, every metric": lambda: lens.run(ids, metrics=METRICS),
         "input preservation": lambda: lens.compare_to_input(ids),
         loop: lambda: double_loop(model, states),
+        **transformer_lens_ways(ids),
     }
     seconds = cpu_medians(ways, rounds)
     seconds[loop] *= 13 * LENGTH / CELLS
     goal = "default metrics ≤ 1.35 x, aim 1.2 x"
     print_table(f"GPT-2 small's shape, {LENGTH} tokens, every layer", seconds, FLOOR, goal)
-    if find_spec("transformer_lens") is None:
-        print("  TransformerLens is not installed here, so it is not timed")
-    else:
-        bench_transformer_lens(ids, rounds)
-
-
-def bench_transformer_lens(ids: Tensor, rounds: int) -> None:
-    """The same streams and logits by TransformerLens' cache, on a model of the same shape."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    config = HookedTransformerConfig(
-        n_layers=12,
-        d_model=768,
-        n_ctx=1024,
-        d_head=64,
-        n_heads=12,
-        d_vocab=50257,
-        act_fn="gelu_new",
-    )
-    model = HookedTransformer(config).eval()
-    lens = LogitLens(gpt2_small(1024))
-
-    def theirs() -> None:
-        with torch.no_grad():
-            _, cache = model.run_with_cache(ids)
-            streams, _ = cache.accumulated_resid(apply_ln=True, return_labels=True)
-            for stream in streams:
-                model.unembed(stream).log_softmax(-1).topk(10)
-
-    name = "TransformerLens: accumulated_resid, unembed, topk"
-    seconds = cpu_medians({name: theirs, "logit lens": lambda: lens.run(ids)}, rounds)
-    print_table("beside TransformerLens", seconds, name)
 
 
 def report_memory(length: int) -> None:

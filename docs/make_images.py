@@ -1,4 +1,4 @@
-"""Make the pictures of `VISUALIZATION_GUIDE.md` again, from the bundled model.
+"""Make the pictures of the guides again, from the bundled model.
 
 Run from the repository's root: ``PYTHONPATH=. .venv/bin/python docs/make_images.py [folder]``.
 """
@@ -17,8 +17,13 @@ import numpy as np
 from PIL import Image
 
 from activation_extraction import ActivationExtractor
+from causal_tracing import CausalTracer
+from demo_model.write_corpus import NEGATIVE_WORDS, POSITIVE_WORDS
+from feature_attribution import attribute_features
 from figures import plot_head_grid
 from logit_lens import LogitLens
+from patching_sweep import patching_sweep
+from steering_sweep import steering_sweep
 from visualization import (
     compare_reduction_methods,
     plot_convergence_analysis,
@@ -75,6 +80,31 @@ def of_points(lens: LogitLens) -> Iterator[tuple[str, Figure]]:
     yield "head_grid", plot_head_grid(made_up, name="effect (made-up numbers)")
 
 
+CLEAN = "When Mary and John went to the store, John gave a drink to"
+CORRUPTED = "When Mary and John went to the store, Mary gave a drink to"
+HAPPY = ["I am happy", "This is great", "I am so glad"]
+SAD = ["I am sad", "This is terrible", "I am so unhappy"]
+
+
+def of_interventions(lens: LogitLens) -> Iterator[tuple[str, Figure]]:
+    """What patching, tracing, attribution and steering find."""
+    model, tokenizer = lens.model, lens.tokenizer
+    sweep = patching_sweep(model, tokenizer, CLEAN, CORRUPTED, normalize=True)
+    yield "patching_sweep", sweep.plot()
+    heads = patching_sweep(model, tokenizer, CLEAN, CORRUPTED, "head_out", normalize=True)
+    yield "patching_heads", heads.plot()
+    fact = "The capital of France is"
+    yield "causal_trace", CausalTracer(model, tokenizer).trace_subject(fact, "France").plot()
+    neurons = attribute_features(model, tokenizer, fact, 9, site="mlp_neurons")
+    yield "feature_attribution", neurons.plot()
+    prompts = ["Today I feel", "The movie was", "The day", "My friends"]
+    table = steering_sweep(
+        model, tokenizer, prompts, HAPPY, SAD, [2, 4, 6, 8], n_samples=16,
+        positive_words=POSITIVE_WORDS, negative_words=NEGATIVE_WORDS, show_progress=False,
+    )  # fmt: skip
+    yield "steering_sweep", table.plot()
+
+
 def main(folder: Path) -> None:
     """Save every picture.
 
@@ -82,7 +112,7 @@ def main(folder: Path) -> None:
         ValueError: one is too large for the repository.
     """
     lens = LogitLens(ROOT / "demo_model")
-    for name, figure in itertools.chain(of_a_text(lens), of_points(lens)):
+    for name, figure in itertools.chain(of_a_text(lens), of_points(lens), of_interventions(lens)):
         with io.BytesIO() as sheet:
             figure.savefig(sheet, dpi=120)
             picture = Image.open(sheet).convert("RGB").quantize(256, kmeans=3)

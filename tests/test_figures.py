@@ -487,6 +487,12 @@ def test_the_panels_show_the_tables_of_the_lens():
     assert np.array_equal(image_of(figure, 1), kept["kl_from_input"])
 
 
+def test_an_odd_number_of_panels_leaves_no_empty_frame():
+    metrics = FakeLens(4).get_convergence_metrics("The quick brown fox")
+    figure = figures.plot_metric_panels(metrics, figures.CONVERGENCE[:3])
+    assert len(figure.axes) == 6  # three panels and their colour bars
+
+
 def test_missing_and_misshapen_metrics_are_named():
     metrics = FakeLens(2).get_convergence_metrics("a b")
     with pytest.raises(ValueError, match="the metrics lack input_token_rank, kl_from_input"):

@@ -477,7 +477,7 @@ WRONG = {
     "head elsewhere": ({"head": 1}, InputError, "goes with site='head_out'"),
     "layer": ({"layer_indices": [3]}, LayerError, "out of range"),
     "no layer": ({"layer_indices": []}, InputError, "layer_indices is empty"),
-    "two tokens": ({"target": "cats"}, InputError, r"the target 'cats' is \d tokens"),
+    "two tokens": ({"target": "cats"}, InputError, r"'cats' is \d tokens"),
     "spaced": ({"target": "cat"}, InputError, "' cat' is one token"),
     "no such id": ({"target": 99}, InputError, "outside the model's vocabulary"),
 }

@@ -55,9 +55,9 @@ def with_demo_model(code, folder=DEMO_MODEL):
 OUTPUT = re.compile(r"<!-- output: start -->\n```text\n(.*?)```\n<!-- output: end -->", re.DOTALL)
 
 
-def run(blocks, page):
+def run(blocks, page, names=()):
     """Run blocks in one namespace; an error names the page and the line in it."""
-    namespace = {"__name__": "__main__"}
+    namespace = {"__name__": "__main__", **dict(names)}
     for block in blocks:
         lines_before = "\n" * (block.line - 1)
         code = compile(lines_before + with_demo_model(block.code), str(page), "exec")
