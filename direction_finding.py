@@ -127,7 +127,8 @@ def leace_eraser(positive: Tensor, negative: Tensor) -> Callable[[Tensor], Tenso
 
     def _erase(activation: Tensor) -> Tensor:
         left, right, mean = (
-            part.to(activation.device) for part in (fitted.proj_left, fitted.proj_right, fitted.bias)
+            part.to(activation.device)
+            for part in (fitted.proj_left, fitted.proj_right, fitted.bias)
         )
         h = activation.to(left.dtype)
         return (h - (h - mean) @ right.T @ left.T).to(activation.dtype)
@@ -387,6 +388,9 @@ def _read(
     """``[prompt, layer, d]``; some prompts of like length at a time, so that little is held.
 
     ``uneven``: the prompts that are compared differ in length.
+
+    Raises:
+        InputError: ``batch_size`` is below 1, or a mean would be over special tokens alone.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; came {batch_size}")

@@ -14,6 +14,7 @@ Their correlation says how far the cheap answer can be trusted on this prompt.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -195,7 +196,9 @@ def attribute_features(
     chosen = _features(features, shape[0])
     ids = encode(tokenizer, prompt)
     check_ids(ids, arch.config)
-    (place,) = resolve_positions(position, len(ids))
+    place, *others = resolve_positions(position, len(ids))
+    if others:
+        raise InputError(f"features are those of one token; came position={position!r}")
     read = reads_of(metric)
     base = run_base(
         arch, torch.tensor([ids]), [where], range(len(ids)) if read is None else read,
@@ -207,6 +210,11 @@ def attribute_features(
     )  # fmt: skip
     activation = base.sites[where][0, place]
     target = torch.as_tensor(ablate_to, dtype=activation.dtype, device=activation.device)
+    if target.dim() and target.shape != activation.shape:
+        raise InputError(
+            f"ablate_to is a number, or one for each feature, {list(activation.shape)}; "
+            f"came {list(target.shape)}"
+        )
     target = target.expand_as(activation)
     importance = _exact(arch, base, where, place, target, chosen, made)
     slope = _gradient(arch, base, where, place, made)
@@ -262,11 +270,24 @@ def _gradient(arch: Architecture, base: BaseRun, where: Site, place: int, metric
         evaluate(stack, arch.model)
         stack.enter_context(edit(arch, [(where, start_here)]))
         logits = arch.model(**base.inputs, use_cache=False).logits
-        value = metric(logits[:, list(base.read)])
-        if not value.requires_grad:
+        value = _in_graph(metric, logits[:, list(base.read)])
+        if value is None:
             return torch.full_like(leaves[0][0, place], torch.nan)
         (slope,) = torch.autograd.grad(value.sum(), leaves[0])
     return slope[0, place].detach()
+
+
+def _in_graph(metric: Metric, logits: Tensor) -> Tensor | None:
+    """The metric as a tensor that has a gradient; None for one that leaves the graph."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
+            value = metric(logits)
+    except RuntimeError as err:
+        if "requires grad" in str(err):  # what .numpy() says
+            return None
+        raise
+    return value if value.requires_grad else None
 
 
 def compute_feature_attribution(

@@ -183,9 +183,9 @@ class Bound:
             self.fitted.check_used(max(self.places) + 1)
 
     def hook(self, clock: SequenceClock) -> Callable[[Tensor], Tensor | None]:
-        """The engine's hook for this intervention."""
+        """The engine's hook for this intervention; it raises SiteError where rows are unclear."""
 
-        def change(value: Tensor) -> Tensor | None:
+        def _hook(value: Tensor) -> Tensor | None:
             if len(value) != clock.batch:
                 raise SiteError(
                     f"{self.site.name} holds {len(value)} rows in a pass of {clock.batch}: "
@@ -208,7 +208,7 @@ class Bound:
             self.places.update(chosen.order.unique().tolist())
             return by_token(new, self.site)
 
-        return change
+        return _hook
 
 
 def bind(architecture: Architecture, item: ActivationPatch | SteeringVector) -> Bound:
@@ -273,7 +273,7 @@ def _called(
 ) -> Callable[[Tensor, Selection], Tensor]:
     by_token: Any = getattr(function, "of_tokens", None)
 
-    def change(old: Tensor, chosen: Selection) -> Tensor:
+    def _change(old: Tensor, chosen: Selection) -> Tensor:
         value = function(old.clone()) if by_token is None else by_token(old.clone(), chosen)
         if not isinstance(value, Tensor) or not _fits(value.shape, old.shape):
             came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -283,7 +283,7 @@ def _called(
             )
         return mode(old, value.to(old))
 
-    return change
+    return _change
 
 
 def _fits(shape: Sequence[int], target: Sequence[int]) -> bool:

@@ -186,10 +186,15 @@ def _measure(
         "logit": lambda z: z[:, answer],
         "log_prob": lambda z: z.log_softmax(-1)[:, answer],
         "prob": lambda z: z.softmax(-1)[:, answer],
-        "rank": lambda z: rank_of(z, torch.full_like(z[:, 0], answer, dtype=torch.long)).to(z),
+        "rank": lambda z: _rank(z.detach(), answer),
         "kl": lambda z: kl_divergence(log_p.to(z), z.log_softmax(-1)),
     }
     return lambda logits: measures[name](logits[:, -1])
+
+
+def _rank(logits: Tensor, answer: int) -> Tensor:
+    found = rank_of(logits, torch.full_like(logits[:, 0], answer, dtype=torch.long))
+    return found.to(logits).masked_fill(logits.isnan().any(-1), torch.nan)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -85,7 +85,8 @@ def plot_steering(
             _draw_table(left, effect, effect_name, {}),
             _draw_table(middle, perplexity, "perplexity", {"log": True, "reverse": True}),
         ]
-        _draw_trade(right, effect, perplexity, effect_name, unsteered)
+        _draw_trade(right, effect, perplexity, rows, unsteered)
+        right.set(ylabel=effect_name)
         arrange((left, columns, rows, None), (middle, columns, rows, None))
         for ax, table, image in zip((left, middle), (effect, perplexity), images, strict=True):
             write_cells(ax, np.vectorize(_short, otypes=[object])(table), cell_colors(image))
@@ -110,23 +111,25 @@ def _draw_trade(
     ax: Axes,
     effect: np.ndarray,
     perplexity: np.ndarray,
-    effect_name: str,
+    names: Sequence[str],
     unsteered: tuple[float, float] | None,
 ) -> None:
     """One line per layer, from its lowest coefficient to its highest."""
     from matplotlib import colormaps
+    from matplotlib.ticker import LogLocator
 
     for row in range(len(effect)):
         color = colormaps[SEQUENTIAL](row / max(len(effect) - 1, 1) * 0.9)
         look: dict[str, Any] = {"color": color, "marker": "o", "markersize": 3, "linewidth": 1}
-        name = "first layer" if row == 0 else "last layer" if row == len(effect) - 1 else None
+        name = f"layer {names[row]}" if row in (0, len(effect) - 1) else None
         ax.plot(perplexity[row], effect[row], label=name, **look)
     if unsteered is not None:
         star: dict[str, Any] = {"marker": "*", "color": "black", "s": 90, "zorder": 3}
         ax.scatter(unsteered[1], unsteered[0], label="unsteered", **star)
-    ax.set(xscale="log", xlabel="perplexity under the unsteered model", ylabel=effect_name)
+    ax.set(xscale="log", xlabel="perplexity under the unsteered model")
     ax.set_title("effect against fluency", fontsize=10)
-    ax.xaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    ax.xaxis.set_major_formatter(lambda value, _position: f"{value:,g}")
     ax.minorticks_off()
     ax.tick_params(labelsize=LABEL_SIZE)
     ax.grid(alpha=0.3)

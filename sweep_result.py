@@ -114,7 +114,12 @@ class SweepResult:
 
         Returns:
             Rows of `to_frame`, the largest change first.
+
+        Raises:
+            InputError: ``k`` is below 1.
         """
+        if k < 1:
+            raise InputError(f"the number of cells must be at least 1; came {k}")
         frame = self.to_frame()
         start = self.corrupted if self.direction == "denoising" else self.clean
         if self.normalized:
@@ -160,6 +165,7 @@ class SweepResult:
         header |= {name: list(getattr(self, name)) for name in ("axes", "tokens", "source_tokens")}
         header["labels"] = [list(labels) for labels in self.labels]
         tables = {name: getattr(self, name) for name in _TABLES if getattr(self, name) is not None}
+        tables["runs"] = np.array([self.clean, self.corrupted])  # a number that JSON may not have
         arrays = {name: torch.from_numpy(np.array(table)) for name, table in tables.items()}
         write_arrays(Path(path), "safetensors", KIND, VERSION, header, arrays)
 
@@ -176,7 +182,8 @@ class SweepResult:
             header |= {name: tuple(header[name]) for name in names}
             header["labels"] = tuple(tuple(labels) for labels in header["labels"])
             tables: Any = {n: stored.read(n).numpy() for n in _TABLES if n in stored.specs}
-        return cls(**header, **tables)
+            clean, corrupted = stored.read("runs").tolist()
+        return cls(**header, clean=clean, corrupted=corrupted, **tables)
 
 
 _TABLES = ("values", "stderr", "low", "high")
@@ -186,8 +193,6 @@ _PLAIN = (
     "metric",
     "unit",
     "normalized",
-    "clean",
-    "corrupted",
     "answer",
     "foil",
     "count",
@@ -223,7 +228,8 @@ def summarize(
     mean(corrupted)), which a single pair with a small difference cannot blow up; its standard error
     is that of a ratio estimator (Cochran 1977, section 2.11). The interval is the 2.5 and 97.5
     percentiles of `RESAMPLES` samples of the pairs, the same pairs for every cell (so cells may be
-    compared), clean and corrupted runs going with their pair.
+    compared), clean and corrupted runs going with their pair; it is infinite, or NaN, where samples
+    are common in which the two do not differ.
 
     Args:
         values: The metric, ``[pair, cell]``.
@@ -248,7 +254,8 @@ def summarize(
         if not normalize:
             return found
         start, end = weights @ low, weights @ high
-        return (found - start[:, None]) / (end - start)[:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (found - start[:, None]) / (end - start)[:, None]
 
     count = len(values)
     whole = mean(np.full((1, count), 1 / count))[0]
@@ -261,5 +268,6 @@ def summarize(
         stderr = values.std(axis=0, ddof=1) / np.sqrt(count)
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
-    ends = np.percentile(mean(draws), [2.5, 97.5], axis=0)
+    # no interpolation: between a number and an infinity there is none
+    ends = np.percentile(mean(draws), [2.5, 97.5], axis=0, method="nearest")
     return Summary(whole, stderr, ends[0], ends[1])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +72,7 @@ def print_row(sweep: SteeringSweep, layer: int) -> None:
     cells = (f"{e:.3f} ± {s:.3f}" for e, s in zip(effects, errors, strict=True))
     print(f"{'share of positive words':<28}" + "".join(f"{cell:>14}" for cell in cells))
     print(f"{'perplexity':<28}" + "".join(f"{cost:>14.2f}" for cost in sweep.perplexity[row]))
-    rises = all(a < b for a, b in zip(effects, effects[1:], strict=False))
+    rises = all(a < b for a, b in pairwise(effects))
     ends = effects[0] < 0.25 and effects[-1] > 0.75
     print(f"rises at every step: {rises}; from under 25 % to over 75 %: {ends}")
 

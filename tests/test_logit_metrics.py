@@ -143,10 +143,10 @@ def test_a_metric_is_taken_as_it_is():
 
 def test_tokens_as_text():
     tokenizer = families.tiny_tokenizer()
-    cat, mat = (tokenizer(text)["input_ids"][0] for text in (" cat", " mat"))
+    cat, mat = (tokenizer(text)["input_ids"][0] for text in (" cat", " on"))
     logits = torch.randn(1, 1, families.VOCAB, generator=torch.Generator().manual_seed(0))
     metric = make_metric(
-        "logit_diff", logits, logits, answer=" cat", foil=" mat", tokenizer=tokenizer
+        "logit_diff", logits, logits, answer=" cat", foil=" on", tokenizer=tokenizer
     )
     assert (metric.answer, metric.foil) == (cat, mat)
     assert float(metric(logits)) == float(logits[0, 0, cat] - logits[0, 0, mat])
@@ -170,3 +170,12 @@ def test_tokens_as_text():
 def test_refused(metric, options, message):
     with pytest.raises(InputError, match=message):
         make_metric(metric, CLEAN, CORRUPTED, config=Config, **options)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_broken_logits_give_no_number(name):
+    """A run that became NaN must not look like the best rank, or like no effect."""
+    metric = make_metric(name, CLEAN, CORRUPTED, answer=4, config=Config)
+    broken = torch.full_like(CLEAN, torch.nan)
+    found = metric(torch.cat([CLEAN, broken]))
+    assert found.isnan().tolist() == [False, True]

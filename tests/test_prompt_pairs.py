@@ -127,7 +127,9 @@ def test_positions_of_pairs(architecture):
     assert pair_positions(other, "last", False) == [(2,), (1,)]
     assert pair_positions(other, None, False) == [(0, 1, 2), (0, 1)]
     for positions in (None, "last"):
-        with pytest.raises(InputError, match="means something else in each.*prompts of one length"):
+        with pytest.raises(
+            InputError, match=r"means something else in each.*prompts of one length"
+        ):
             pair_positions(other, positions, True)
     with pytest.raises(InputError, match="position 2 is out of range"):
         pair_positions(other, 2, True)

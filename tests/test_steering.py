@@ -302,9 +302,7 @@ def test_sampling_and_beams_are_those_of_a_plain_hook(name, options):
     expected = generate_text(architecture, None, IDS, max_new_tokens=8, **options)
     handle.remove()
     for _ in range(2):
-        found = steer_generation(
-            model, None, IDS, VECTOR, LAYER, 1.5, max_new_tokens=8, **options
-        )
+        found = steer_generation(model, None, IDS, VECTOR, LAYER, 1.5, max_new_tokens=8, **options)
         assert found == expected
     assert generate_text(architecture, None, IDS, max_new_tokens=8, **options) != expected
 
@@ -442,9 +440,7 @@ def test_the_facade_composes_the_two_calls(gpt2, tokenizer):
     options = {"max_new_tokens": 6}
     for coefficient in (-2.0, 2.0):
         vector = create_steering_vector(gpt2, tokenizer, HAPPY, SAD, 1)  # 3 // 2
-        expected = steer_generation(
-            gpt2, tokenizer, "the cat", vector, 1, coefficient, **options
-        )
+        expected = steer_generation(gpt2, tokenizer, "the cat", vector, 1, coefficient, **options)
         found = generate_with_steering(
             gpt2, tokenizer, "the cat", HAPPY, SAD, coefficient=coefficient, max_new_tokens=6
         )
@@ -465,15 +461,13 @@ def test_max_length_counts_the_prompt(gpt2):
     for given, total in (({"max_length": 9}, 9), ({}, 50), ({"max_new_tokens": 2}, len(IDS) + 2)):
         text = steer_generation(gpt2, None, IDS, VECTOR, LAYER, **given)
         assert len(text.split()) == total
-    with pytest.raises(InputError, match="prompt's 6 tokens .* give max_new_tokens="):
+    with pytest.raises(InputError, match=r"prompt's 6 tokens .* give max_new_tokens="):
         steer_generation(gpt2, None, IDS, VECTOR, LAYER, max_length=6)
 
 
 def test_a_chat_is_continued(gpt2):
     tokenizer = families.tiny_tokenizer(bos=True)
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    )
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     chats = [[{"role": "user", "content": text}] for text in ("the cat", "a dog", "it is")]
     text = generate_with_steering(
         gpt2, tokenizer, chats[2], chats[:1], chats[1:2], max_new_tokens=4

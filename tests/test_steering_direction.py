@@ -146,7 +146,7 @@ def test_several_layers_survive_their_file(tmp_path):
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     path.write_bytes(b"not a file of this kind at all, but long enough")
-    with pytest.raises(RecordFileError, match="other.safetensors cannot be read"):
+    with pytest.raises(RecordFileError, match=r"other\.safetensors cannot be read"):
         Direction.load(path)
     with pytest.raises(RecordFileError, match="no file"):
         Direction.load(tmp_path / "missing")
