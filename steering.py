@@ -71,7 +71,7 @@ def create_steering_vector(
         site: A site that holds one vector per token.
 
     Returns:
-        ``[d_model]``, float32, where that block's parameters are.
+        ``[d_model]``, float32, where that block computes.
 
     Raises:
         InputError: a list is empty or no list, a prompt or position cannot be used, or the prompts
@@ -94,8 +94,9 @@ def create_steering_vector(
 
 
 def _device(architecture: Architecture, layer: int) -> torch.device:
-    """Where a block computes."""
-    return next(architecture.blocks[layer].parameters()).device
+    """Where a block computes; the CPU for one whose weights accelerate has put away."""
+    device = next(architecture.blocks[layer].parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def steer(

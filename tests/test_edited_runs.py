@@ -88,12 +88,27 @@ def from_two(there):
     return change
 
 
-def test_every_site_of_every_layer_of_every_family(family, overhead):
-    """Two prompts in one base, all runs at once; the runs without any shortcut are hooked passes.
+def overhead_of(name, monkeypatch):
+    """Let suffixes pay for every other family."""
+    chosen = 0.0 if list(families.FAMILIES).index(name) % 2 else NEVER
+    monkeypatch.setattr(edited_runs, "_overhead", lambda _architecture: chosen)
+    return chosen
 
-    One hooked pass is made for every third of them, in turn over sites, rows and positions.
-    """
+
+def test_every_site_of_every_layer_of_every_family(family, monkeypatch):
+    """Two prompts in one base, all runs at once; a hooked pass for every other one of them."""
+    name, model = family
+    overhead = overhead_of(name, monkeypatch)
+    check_every_site(model, overhead)
+
+
+@pytest.mark.slow
+def test_every_site_of_every_layer_of_every_family_both_ways(family, overhead):
     _, model = family
+    check_every_site(model, overhead)
+
+
+def check_every_site(model, overhead):
     architecture = Architecture(model)
     sites = all_sites(architecture)
     base = base_of(architecture, sites=sites)
@@ -113,8 +128,11 @@ def test_every_site_of_every_layer_of_every_family(family, overhead):
         assert work.done > work.needed
 
 
-def test_heads_and_neurons(family, overhead):
-    _, model = family
+def test_heads_and_neurons(family, monkeypatch):
+    """In the other turn than above: suffixes where that has whole passes."""
+    name, model = family
+    chosen = NEVER - overhead_of(name, monkeypatch)
+    monkeypatch.setattr(edited_runs, "_overhead", lambda _architecture: chosen)
     architecture = Architecture(model)
     sites = all_sites(architecture)
     base = base_of(architecture, IDS, (-1,), sites)

@@ -326,7 +326,7 @@ def test_targets_and_positions_that_do_not_fit(analyzer, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target_token": " cats"}, r"the target ' cats' is 2 tokens"),
+        ({"target_token": " cats"}, r"' cats' is 2 tokens"),
         ({"target_token": 99}, "outside the model's vocabulary"),
         ({"top_k": 0}, "top_k must lie"),
         ({"layer_step": 0}, "layer_step must be at least 1"),

@@ -383,6 +383,19 @@ def test_a_bfloat16_stream_stays_bfloat16(keep_norm):
     assert torch.equal(stream, expected.bfloat16())
 
 
+def test_an_offloaded_model_is_steered_alike(gpt2, tokenizer):
+    """Between passes accelerate keeps the weights elsewhere, and leaves `meta` tensors behind."""
+    accelerate = pytest.importorskip("accelerate")
+    expected = create_steering_vector(gpt2, tokenizer, HAPPY, SAD, 1)
+    text = steer_generation(gpt2, tokenizer, "the cat", expected, 1, max_new_tokens=4)
+    model = families.build("gpt2")
+    accelerate.cpu_offload(model.transformer.h[1])
+    assert model.transformer.h[1].mlp.c_fc.weight.is_meta
+    vector = create_steering_vector(model, tokenizer, HAPPY, SAD, 1)
+    torch.testing.assert_close(vector, expected)
+    assert steer_generation(model, tokenizer, "the cat", vector, 1, max_new_tokens=4) == text
+
+
 def test_hooks_are_gone_however_it_ends(gpt2):
     before = hooks_of(gpt2)
     with pytest.raises(ZeroDivisionError), steer(gpt2, VECTOR, [0, 1]):
