@@ -66,9 +66,10 @@ LAYERS = (
         "steering_direction",
         "node_effects",
         "growing_pass",
-        "intervention_handler",
+        "patch_binding",
     ),
     (
+        "intervention_handler",
         "activation_extraction",
         "lens_metrics",
         "lens_result",
