@@ -67,7 +67,10 @@ class Metric:
     measure: Callable[[Tensor], Tensor]
     """``[run, read, vocab]`` → ``[run]``."""
     read: tuple[int, ...] | None = (-1,)
-    """Positions whose logits it needs, negative from the end; None means all."""
+    """Positions whose logits it needs, negative from the end; None means all.
+
+    Whatever their order here, the logits come in ascending order of position.
+    """
     answer: int | None = None
     foil: int | None = None
 

@@ -1,6 +1,6 @@
 """Patching sweeps against one hooked forward pass per cell, and against the least possible work.
 
-    python benchmarks/bench_patching.py [--small] [--repeats 3] [--threads 1]
+    python benchmarks/bench_patching.py [--small] [--long] [--repeats 3] [--threads 1]
 
 The naive way is what a plain script does: for each cell, a forward hook on the block that writes
 one position, and a whole forward pass. Both ways give the same numbers (checked on every row). The
@@ -11,6 +11,7 @@ TransformerLens' own sweep (`get_act_patch_resid_pre`) is timed beside them wher
 from __future__ import annotations
 
 import argparse
+import resource
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -183,15 +184,32 @@ def compare(
     )
 
 
+def report_long() -> None:
+    """Peak memory of cells of a 2,048-token prompt at GPT-2 small's shape, above the model."""
+    model = GPT2LMHeadModel(GPT2Config(n_positions=2048, initializer_range=0.1)).eval()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    clean, corrupted = torch.randint(0, 50257, (2, 2048)).tolist()
+    result = patching_sweep(
+        model, None, clean, corrupted, answer=5, foil=7, show_progress=False,
+        layers=[6, 11], positions=[0, 1000, 1500, 2047],
+    )  # fmt: skip
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"2,048 tokens: {result}, {result.passes} passes, peak {peak:.0f} MiB above the model")
+
+
 def main() -> None:
     """Compare on three shapes."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--small", action="store_true", help="leave GPT-2 small's shape out")
+    parser.add_argument("--long", action="store_true", help="only the memory of 2,048 tokens")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print_machine()
+    if arguments.long:
+        report_long()
+        return
 
     def small() -> Any:
         return make_model(96, 6, 2048)
