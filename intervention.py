@@ -30,7 +30,13 @@ from causal_tracing import CausalTracer, trace_subject
 from feature_attribution import attribute_features, compute_feature_attribution
 from forward_pass import InputError, Site, evaluate
 from generation import generate_text
-from intervention_handler import ActivationPatch, InterventionHandler, SteeringVector, by_token
+from intervention_handler import (
+    ActivationPatch,
+    InterventionHandler,
+    SteeringVector,
+    by_token,
+    refuse_chunks,
+)
 from logit_metrics import Metric, make_metric
 from model_architecture import Architecture, Layer
 from pass_positions import Selection, check_spec
@@ -273,6 +279,7 @@ def generate_with_patching(
         InputError: a value does not fit, or a patch never took effect.
     """
     handler = _handler(model, tokenizer, patches)
+    refuse_chunks(generation_kwargs)
     generation_kwargs.setdefault("disable_compile", True)  # compiled code would not run the hooks
     with handler:
         return generate_text(

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,23 @@ __all__ = [
     "SteeringVector",
     "bind",
     "by_token",
+    "refuse_chunks",
     "token_shape",
 ]
+
+
+def refuse_chunks(generation_kwargs: Mapping[str, Any]) -> None:
+    """A prompt that is fed in chunks cannot be told from one that is generated token by token.
+
+    Raises:
+        InputError: ``prefill_chunk_size`` is given.
+    """
+    size = generation_kwargs.get("prefill_chunk_size")
+    if size is not None:
+        raise InputError(
+            f"prefill_chunk_size={size} splits the prompt, so that positions would count from its "
+            "first chunk: leave it out while interventions act"
+        )
 
 
 class InterventionHandler:

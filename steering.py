@@ -31,7 +31,7 @@ from torch import Tensor
 from direction_finding import Method, find_direction, find_directions
 from forward_pass import InputError
 from generation import generate_text
-from intervention_handler import InterventionHandler
+from intervention_handler import InterventionHandler, refuse_chunks
 from model_architecture import Architecture, Layer
 from pass_positions import PassPositions
 from steering_direction import Direction, by_layer
@@ -242,6 +242,7 @@ def steer_generation(
                 f"max_length={max_length} counts the prompt's {len(ids)} tokens and leaves none to "
                 "generate: give max_new_tokens="
             )
+    refuse_chunks(generation_kwargs)
     _refuse_second_prompt(positions, generation_kwargs)
     compiled = {"disable_compile": True}  # compiled code would not run the hooks
     with handler:

@@ -754,3 +754,16 @@ def test_token_shapes(family):
             assert token_shape(architecture, site) == expected
     value = torch.zeros(2, 3, 4, 5)
     assert by_token(value, Site("attn_pattern", 0)).shape == (2, 4, 3, 5)
+
+
+def test_a_prompt_fed_in_chunks_is_refused():
+    from intervention import generate_with_patching
+    from steering import steer_generation
+
+    model, ids = families.build("gpt2"), [5, 6, 7, 8]
+    chunks = {"prefill_chunk_size": 2, "max_new_tokens": 2}
+    patch = ActivationPatch(1, -1, 0.0)
+    with pytest.raises(InputError, match="prefill_chunk_size=2 splits the prompt"):
+        generate_with_patching(model, None, ids, patch, **chunks)
+    with pytest.raises(InputError, match="prefill_chunk_size=2 splits the prompt"):
+        steer_generation(model, None, ids, torch.ones(families.HIDDEN), 1, **chunks)
