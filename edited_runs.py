@@ -327,7 +327,8 @@ def abilities(architecture: Architecture) -> Abilities:
     """
     architecture.require_head("running edited prompts")
     model = architecture.model
-    fingerprint = hash((model.training, *(id(module) for module in model.modules())))
+    kind = getattr(architecture.config, "_attn_implementation", None), model.dtype
+    fingerprint = hash((kind, *(id(module) for module in model.modules())))
     known = _ABILITIES.get(model)
     if known is None or known[0] != fingerprint:
         known = (fingerprint, _try_abilities(architecture))

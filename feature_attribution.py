@@ -186,14 +186,12 @@ def attribute_features(
     arch = Architecture(model)
     arch.require_head("feature attribution")
     where = Site(site, arch.resolve(layer_name))
-    shape = token_shape(arch, where)
-    if len(shape) != 1:
-        raise SiteError(f"{site} holds {shape} per token, not one vector; use patching_sweep")
+    width = _width(arch, where)
     if isinstance(metric, str) and metric in ("kl", "distance"):
         raise InputError(
             f"metric {metric!r} compares two prompts; use 'logit', 'log_prob' or 'prob'"
         )
-    chosen = _features(features, shape[0])
+    chosen = _features(features, width)
     ids = encode(tokenizer, prompt)
     check_ids(ids, arch.config)
     place, *others = resolve_positions(position, len(ids))
@@ -209,13 +207,7 @@ def attribute_features(
         config=arch.config,
     )  # fmt: skip
     activation = base.sites[where][0, place]
-    target = torch.as_tensor(ablate_to, dtype=activation.dtype, device=activation.device)
-    if target.dim() and target.shape != activation.shape:
-        raise InputError(
-            f"ablate_to is a number, or one for each feature, {list(activation.shape)}; "
-            f"came {list(target.shape)}"
-        )
-    target = target.expand_as(activation)
+    target = _target(ablate_to, activation)
     importance = _exact(arch, base, where, place, target, chosen, made)
     slope = _gradient(arch, base, where, place, made)
     index = torch.tensor(chosen)
@@ -233,6 +225,25 @@ def attribute_features(
         unit=made.unit,
         answer="" if made.answer is None else token_strings(tokenizer, [made.answer])[0],
     )
+
+
+def _width(arch: Architecture, where: Site) -> int:
+    """How many features a token has at a site."""
+    shape = token_shape(arch, where)
+    if len(shape) != 1:
+        raise SiteError(f"{where.name} holds {shape} per token, not one vector; use patching_sweep")
+    return shape[0]
+
+
+def _target(ablate_to: float | Tensor, activation: Tensor) -> Tensor:
+    """What each feature becomes, ``[feature]``."""
+    target = torch.as_tensor(ablate_to, dtype=activation.dtype, device=activation.device)
+    if target.dim() and target.shape != activation.shape:
+        raise InputError(
+            f"ablate_to is a number, or one for each feature, {list(activation.shape)}; "
+            f"came {list(target.shape)}"
+        )
+    return target.expand_as(activation)
 
 
 def _features(asked: Sequence[int] | None, count: int) -> list[int]:

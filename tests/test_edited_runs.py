@@ -592,3 +592,16 @@ def test_running_while_a_handler_is_open(overhead):
         (site, put(torch.zeros(families.HIDDEN), 4)),
     ]
     close(found[0], hooked_logits(model, IDS[0], changes)[0, -1])
+
+
+def test_another_attention_implementation_is_tried_anew(monkeypatch):
+    architecture = Architecture(families.build("llama"))
+    tried = []
+    real = edited_runs._try_abilities
+    monkeypatch.setattr(edited_runs, "_try_abilities", lambda a: tried.append(a) or real(a))
+    edited_runs.abilities(architecture)
+    edited_runs.abilities(architecture)
+    assert len(tried) == 1
+    architecture.model.set_attn_implementation("eager")
+    edited_runs.abilities(architecture)
+    assert len(tried) == 2
