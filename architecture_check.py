@@ -26,7 +26,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forward_pass import ArchitectureError, Recording, Site, edit, evaluate, record, resume
+from expert_routing import ROUTING
+from forward_pass import (
+    READ_ONLY,
+    ArchitectureError,
+    Recording,
+    Site,
+    edit,
+    evaluate,
+    record,
+    resume,
+)
 from model_architecture import Architecture
 
 CHECK_LENGTH = 7
@@ -203,7 +213,7 @@ def _check_pattern(_architecture: Architecture, kept: Recording) -> Proof:
     patterns = [value for site, value in kept.items() if site.name == "attn_pattern"]
     if not patterns:
         return Proof("pattern", None, 0.0)
-    sums = torch.stack([pattern.double().sum(-1).flatten() for pattern in patterns])
+    sums = torch.cat([pattern.double().sum(-1).flatten() for pattern in patterns])
     allowed = 32 * max(torch.finfo(patterns[0].dtype).eps, torch.finfo(torch.float32).eps)
     negative = max(0.0, -min(float(pattern.min()) for pattern in patterns))
     sink = bool((sums < 1 - allowed).any())
@@ -215,6 +225,8 @@ def _check_pattern(_architecture: Architecture, kept: Recording) -> Proof:
 def _check_values(architecture: Architecture, kept: Recording) -> Proof:
     pairs = []
     for layer in range(architecture.n_layers):
+        if architecture.structure[layer].gated:
+            continue
         if Site("attn_pattern", layer) in kept and Site("head_out", layer) in kept:
             pattern, value = kept[Site("attn_pattern", layer)], kept[Site("value", layer)]
             value = value.repeat_interleave(pattern.shape[1] // value.shape[2], dim=2)
@@ -230,6 +242,7 @@ def _check_identity(
     assert kept.logits is not None
     with ExitStack() as stack:
         evaluate(stack, architecture.model)
+        sites = [site for site in sites if site.name not in READ_ONLY]
         stack.enter_context(edit(architecture, [(site, torch.clone) for site in sites]))
         logits = architecture.model(**inputs, use_cache=False).logits
     return Proof(
@@ -240,7 +253,9 @@ def _check_identity(
 def _missing_sites(architecture: Architecture) -> tuple[str, ...]:
     """One sentence per missing site, with the layers that lack it."""
     reasons: dict[str, list[int]] = {}
-    names = ("resid_mid", "attn_out", "mlp_out", "head_out", "mlp_neurons", "attn_pattern")
+    names = ["resid_mid", "attn_out", "mlp_out", "head_out", "mlp_neurons", "attn_pattern"]
+    if any(found.router is not None for found in architecture.structure):
+        names += ROUTING
     for name in names:
         for layer in range(architecture.n_layers):
             why = architecture.missing(Site(name, layer))

@@ -134,11 +134,13 @@ def _attend(
     **kwargs: Any,
 ) -> Any:
     """The real attention function, on hooked query, key and value; then the hooked pattern."""
-    for finder in _finders:
-        finder.note_registry_call(module, query, key)
     hooks = _watched.get(module)
     if not hooks:
-        return real(module, query, key, value, *args, **kwargs)
+        calls = [finder.note_registry_call(module, query, key) for finder in _finders]
+        made = real(module, query, key, value, *args, **kwargs)
+        for call in calls:
+            call.output = made[0].clone()
+        return made
     query, key, value = (
         _hooked_heads(hooks, part, tensor)
         for part, tensor in (("query", query), ("key", key), ("value", value))
@@ -346,7 +348,7 @@ def _watch_products(stack: ExitStack, module: nn.Module, entry: Entry, kv_heads:
 # --- Finding attention ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AttentionCall:
     """One attention computation that was seen while a model ran."""
 
@@ -354,6 +356,8 @@ class AttentionCall:
     route: str
     query_heads: int
     kv_heads: int
+    output: Tensor | None = None
+    """What attention made, before any gate or output projection; None where it is not seen."""
 
 
 class AttentionFinder(TorchFunctionMode):
@@ -367,6 +371,8 @@ class AttentionFinder(TorchFunctionMode):
         self.calls: list[AttentionCall] = []
         self._length, self._running = length, running
         self._factors: tuple[Tensor, Tensor] | None = None
+        self._mixing = False
+        """Whether the next product is that of a pattern and values."""
 
     def __enter__(self) -> AttentionFinder:
         with _lock:
@@ -381,9 +387,10 @@ class AttentionFinder(TorchFunctionMode):
             _finders.remove(self)
             _wrap_registry()
 
-    def note_registry_call(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
-        """Take note of an attention function that the registry handed out."""
+    def note_registry_call(self, module: nn.Module, query: Tensor, key: Tensor) -> AttentionCall:
+        """Take note of an attention function that the registry handed out, before it runs."""
         self.calls.append(AttentionCall(module, "registry", query.shape[1], key.shape[1]))
+        return self.calls[-1]
 
     def __torch_function__(
         self,
@@ -396,7 +403,21 @@ class AttentionFinder(TorchFunctionMode):
         module = self._running()
         if module is not None and not any(call.module is module for call in self.calls):
             self._note(module, func, args, kwargs)
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        if self._mixing and self._mixes(func, args, kwargs):
+            self._mixing = False
+            by_head = made if made.dim() == 4 else made.unflatten(0, (1, -1))
+            self.calls[-1].output = by_head.transpose(1, 2).clone()
+        return made
+
+    def _mixes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call multiplies a pattern by values (the fused one does that itself)."""
+        if func is FUSED:
+            return True
+        if func not in PRODUCTS:
+            return False
+        left, _ = _operands(args, kwargs)
+        return left.shape[-2:] == (self._length, self._length)
 
     def _note(
         self, module: nn.Module, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -424,3 +445,4 @@ class AttentionFinder(TorchFunctionMode):
     def _add(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
         axis = 1 if query.dim() == 4 else 0  # the probe is one row: [batch·head, …] counts heads
         self.calls.append(AttentionCall(module, "products", query.shape[axis], key.shape[axis]))
+        self._mixing = True

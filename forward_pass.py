@@ -32,7 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from module_taps import (
+    PLAIN,
     ModuleTap,
+    StreamShape,
     Tap,
     read_hidden,
     read_input,
@@ -41,6 +43,7 @@ from module_taps import (
     write_input,
 )
 from sites import (
+    READ_ONLY,
     SITES,
     ArchitectureError,
     Hook,
@@ -49,9 +52,12 @@ from sites import (
     RecordFileError,
     Site,
     SiteError,
+    read_only_message,
 )
 
 __all__ = [
+    "PLAIN",
+    "READ_ONLY",
     "SITES",
     "ArchitectureError",
     "Clock",
@@ -64,6 +70,7 @@ __all__ = [
     "Recording",
     "Site",
     "SiteError",
+    "StreamShape",
     "Tap",
     "Wiring",
     "attached",
@@ -71,6 +78,7 @@ __all__ = [
     "evaluate",
     "read_hidden",
     "read_input",
+    "read_only_message",
     "record",
     "recording",
     "replaced",
@@ -98,8 +106,16 @@ class Wiring(Protocol):
         """The blocks, in order."""
 
     @property
-    def blocks_return_tuples(self) -> Sequence[bool]:
-        """Whether a block returns a tuple (its first entry being the hidden state) or a tensor."""
+    def block_outputs(self) -> Sequence[int]:
+        """Entries of the tuple that a block returns, the first its hidden state; 0 for a tensor."""
+
+    @property
+    def stream(self) -> StreamShape:
+        """How blocks hand the residual stream on."""
+
+    @property
+    def needs_every_block(self) -> bool:
+        """Whether blocks hand each other more than the residual stream, so none can be skipped."""
 
     def tap(self, site: Site) -> Tap:
         """How to reach a site; raises SiteError where this model has none."""
@@ -193,7 +209,8 @@ def edit(
         way.
 
     Raises:
-        SiteError: the model has no such site, or an edit returned another shape.
+        SiteError: the model has no such site, it can only be recorded, or an edit returned another
+            shape.
     """
     pairs = list(edits.items() if isinstance(edits, Mapping) else edits)
     _probe_first(wiring)
@@ -207,7 +224,7 @@ def edit(
 
 def _probe_first(wiring: Wiring) -> None:
     """Let the model be understood before hooks that change it are attached."""
-    len(wiring.blocks_return_tuples)
+    len(wiring.block_outputs)
 
 
 class Recording(dict[Site, Tensor]):
@@ -306,7 +323,7 @@ def record(
         kept = stack.enter_context(recording(wiring, sites, positions))
         evaluate(stack, wiring.model)
         if logits:
-            kept.logits = _logits_at(wiring.model, inputs, positions)
+            kept.logits = _logits_at(wiring, inputs, positions)
         else:
             last = max((site.layer for site in sites), default=-1)
             skip_blocks(stack, wiring, range(last + 1, len(wiring.blocks)))
@@ -319,9 +336,12 @@ def record(
     return kept
 
 
-def _logits_at(model: nn.Module, inputs: Mapping[str, Tensor], positions: PositionIndex) -> Tensor:
+def _logits_at(wiring: Wiring, inputs: Mapping[str, Tensor], positions: PositionIndex) -> Tensor:
     """The logits of some positions; where the model can, only those go through the head."""
+    model = wiring.model
+    # where blocks share keys and values, the last ones may run only the positions that are kept
     one_for_all = isinstance(positions, Tensor) and positions.dim() == 1
+    one_for_all = one_for_all and not wiring.needs_every_block
     if one_for_all and "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(**inputs, use_cache=False, logits_to_keep=positions).logits.clone()
     return take_positions(model(**inputs, use_cache=False).logits, positions, 1)
@@ -360,17 +380,18 @@ def resume(
     inputs = {name: _as_rows(value, rows) for name, value in inputs.items()}
     with ExitStack() as stack:
         evaluate(stack, wiring.model)
-        if layer == 0:
+        if layer == n_layers:
+            skip_blocks(stack, wiring, [layer - 1], result=residual)
+        else:
+            stored = wiring.stream.store(residual)
 
             def hand_over(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                return write_input(args, kwargs, residual)
+                return write_input(args, kwargs, stored)
 
-            first = wiring.blocks[0]
-            handle = first.register_forward_pre_hook(hand_over, with_kwargs=True, prepend=True)
+            block = wiring.blocks[layer]
+            handle = block.register_forward_pre_hook(hand_over, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
-        else:
-            skip_blocks(stack, wiring, range(layer - 1))
-            skip_blocks(stack, wiring, [layer - 1], result=residual)
+        skip_blocks(stack, wiring, range(min(layer, n_layers - 1)))
         return wiring.model(**inputs, use_cache=False, **forward_kwargs).logits
 
 
@@ -397,15 +418,26 @@ def skip_blocks(
     """Until ``stack`` closes, let blocks hand on what they get, or ``result``, without computing.
 
     A skipped block runs no hook, its own ``forward`` attribute (accelerate sets one when it
-    offloads) is put back.
-    """
-    for layer in layers:
-        block = wiring.blocks[layer]
-        as_tuple = wiring.blocks_return_tuples[layer]
+    offloads) is put back. Where `Wiring.needs_every_block`, blocks compute, except the last ones,
+    which nothing follows; what they give is replaced by ``result`` all the same.
 
-        def stand_in(*args: Any, _as_tuple: bool = as_tuple, **kwargs: Any) -> Any:
-            hidden = read_input(args, kwargs) if result is None else result
-            return (hidden, None) if _as_tuple else hidden
+    Args:
+        stack: Closes it.
+        wiring: The model's architecture.
+        layers: Which blocks.
+        result: ``[batch, position, d_model]`` that they give; None hands on what they get.
+    """
+    chosen, n_layers = list(layers), len(wiring.blocks)
+    if wiring.needs_every_block:
+        chosen = [layer for layer in chosen if set(range(layer, n_layers)) <= set(chosen)]
+    stored = None if result is None else wiring.stream.store(result)
+    for layer in chosen:
+        block = wiring.blocks[layer]
+        entries = wiring.block_outputs[layer]
+
+        def stand_in(*args: Any, _entries: int = entries, **kwargs: Any) -> Any:
+            hidden = read_input(args, kwargs) if stored is None else stored
+            return (hidden, *[None] * (_entries - 1)) if _entries else hidden
 
         before = {name: block.__dict__[name] for name in ("forward",) if name in block.__dict__}
         before |= {name: block.__dict__[name] for name in _HOOK_TABLES}

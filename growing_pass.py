@@ -135,24 +135,29 @@ def _join(
     skip_blocks(stack, architecture, range(min(first, n_layers - 1)))
     for layer, new in found.items():
         if layer < n_layers:
-            stack.callback(_join_before(architecture.blocks[layer], new, layer == first).remove)
+            stack.callback(_join_before(architecture, layer, new, layer == first).remove)
         elif first < layer:
-            stack.callback(_join_behind(architecture.blocks[-1], new).remove)
+            stack.callback(_join_behind(architecture, new).remove)
 
 
-def _join_before(block: nn.Module, new: Tensor, alone: bool) -> Any:
+def _join_before(architecture: Architecture, layer: int, new: Tensor, alone: bool) -> Any:
+    block, stream = architecture.blocks[layer], architecture.stream
+
     def join(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = read_input(args, kwargs)
-        joined = new.to(hidden) if alone else torch.cat([hidden, new.to(hidden)])
-        return write_input(args, kwargs, joined)
+        joined = new.to(hidden) if alone else torch.cat([stream.show(hidden), new.to(hidden)])
+        return write_input(args, kwargs, stream.store(joined))
 
     # behind the user's own hooks: the streams were recorded behind them
     return block.register_forward_pre_hook(join, with_kwargs=True)
 
 
-def _join_behind(block: nn.Module, new: Tensor) -> Any:
+def _join_behind(architecture: Architecture, new: Tensor) -> Any:
+    stream = architecture.stream
+
     def join(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden = read_hidden(output)
-        return write_hidden(output, torch.cat([hidden, new.to(hidden)]))
+        joined = torch.cat([stream.show(hidden), new.to(hidden)])
+        return write_hidden(output, stream.store(joined))
 
-    return block.register_forward_hook(join)
+    return architecture.blocks[-1].register_forward_hook(join)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_internals import PARTS, AttentionTap
+from expert_routing import ROUTING, RoutingTap
 from forward_pass import (
     SITES,
     ArchitectureError,
@@ -28,6 +29,7 @@ from forward_pass import (
     ModuleTap,
     Site,
     SiteError,
+    StreamShape,
     Tap,
 )
 from structure_probe import PROBE_LENGTH, BlockStructure, ModelStructure, probe_structure
@@ -123,8 +125,7 @@ class Architecture:
             )
         self.blocks_path, blocks = _find_blocks(model, self.config)
         self.blocks = cast(Sequence[nn.Module], blocks)
-        parent, _, _ = self.blocks_path.rpartition(".")
-        self.body: nn.Module = model.get_submodule(parent)
+        self.body: nn.Module = _find_body(model, self.blocks_path)
         self.has_head: bool = _find_head(model) is not None
         self.name_prefix = _base_prefix(model)
         self.layer_names = [
@@ -142,8 +143,8 @@ class Architecture:
 
     @property
     def d_model(self) -> int:
-        """Width of the residual stream."""
-        return int(self.config.hidden_size)
+        """Width of the residual stream (of all its streams together, where it has several)."""
+        return int(self.config.hidden_size) * self.stream.streams
 
     @cached_property
     def _found(self) -> ModelStructure:
@@ -170,10 +171,20 @@ class Architecture:
         path = self._found.final_norm
         return None if path is None else self.body.get_submodule(path)
 
-    @cached_property
-    def blocks_return_tuples(self) -> list[bool]:
-        """Whether each block returns a tuple rather than a tensor."""
-        return [block.returns_tuple for block in self.structure]
+    @property
+    def block_outputs(self) -> list[int]:
+        """Entries of the tuple that each block returns; 0 for a tensor."""
+        return [block.outputs for block in self.structure]
+
+    @property
+    def stream(self) -> StreamShape:
+        """How blocks hand the residual stream on."""
+        return self._found.stream
+
+    @property
+    def needs_every_block(self) -> bool:
+        """Whether blocks hand each other more than the residual stream: none can be skipped."""
+        return self._found.needs_every_block
 
     @property
     def input_device(self) -> torch.device:
@@ -280,9 +291,9 @@ class Architecture:
             )
         block = self.blocks[layer]
         if name == "resid_post":
-            return ModuleTap(block)
+            return ModuleTap(block, stream=self.stream)
         if name == "resid_pre" or (name == "embed" and layer == 0):
-            return ModuleTap(block, at_input=True)
+            return ModuleTap(block, at_input=True, stream=self.stream)
         if name == "embed":
             raise SiteError("the site 'embed' is the input of block 0; it has no other layer")
         why = self.missing(site)
@@ -295,6 +306,10 @@ class Architecture:
             attention = block.get_submodule(found.attention or "")
             configs = attention_configs(self.model)
             return AttentionTap(attention, name, found.attention_route, found.n_kv_heads, configs)
+        if name in ROUTING:
+            assert found.router is not None
+            path, routing = found.router
+            return RoutingTap(block.get_submodule(path), name, routing, block)
         paths = {
             "mlp_out": found.mlp_writer,
             "head_out": found.out_proj,
@@ -316,32 +331,30 @@ class Architecture:
         if site.name in ("resid_pre", "resid_post", "embed"):
             return None
         found = self.structure[site.layer]
+        heads = _no_heads(found)
         reasons = {
-            "attn_out": (
-                found.attn_writer,
-                "no module was found whose output is added to the residual stream",
-            ),
+            "attn_out": (found.attn_writer, self._no_writer(found)),
             "mlp_out": (
                 found.mlp_writer,
                 "it has a single writer into the residual stream (read it as 'attn_out')"
                 if found.attn_writer is not None
-                else "no module was found whose output is added to the residual stream",
+                else self._no_writer(found),
             ),
             "resid_mid": (
                 found.has_resid_mid or None,
                 "nothing in it reads the stream between attention and MLP "
-                "(a parallel block, or a single writer)",
+                "(a parallel block, or a single writer)"
+                if found.attn_writer is not None
+                else self._no_writer(found),
             ),
-            "head_out": (
-                found.out_proj,
-                "no output projection of an attention with heads was found",
-            ),
+            "head_out": (found.out_proj, heads or "attention has no output projection"),
             "mlp_neurons": (
                 found.down_proj,
                 "no single down projection makes what the MLP adds "
                 "(a mixture of experts, or no MLP)",
             ),
-            **{part: (found.attention, "it computes no attention") for part in PARTS},
+            **{part: (found.attention, heads) for part in PARTS},
+            **{part: _routing_reason(part, found) for part in ROUTING},
         }
         value, reason = reasons[site.name]
         if value is not None:
@@ -349,6 +362,13 @@ class Architecture:
         return (
             f"{type(self.model).__name__} has no site {site.name!r} in layer {site.layer}: {reason}"
         )
+
+    def _no_writer(self, found: BlockStructure) -> str:
+        if self.stream.streams > 1:
+            return f"its blocks carry {self.stream.streams} streams, which they mix as they write"
+        if found.normed_sum:
+            return "what the block returns is a norm of the sum (post-norm), so no parts add up"
+        return "no two modules were found whose outputs are all that the block adds"
 
     def available_sites(self, layer: int) -> list[str]:
         """Names of the sites that a block has, in the order of `forward_pass.SITES`."""
@@ -358,6 +378,9 @@ class Architecture:
             if not (name == "embed" and layer != 0) and self.missing(Site(name, layer)) is None
         ]
 
+
+BLOCK_COUNTS = ("num_hidden_layers", "num_layers", "decoder_layers")
+"""Names in configs that may say how many blocks there are, in order of trying."""
 
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[int, ModelStructure]] = WeakKeyDictionary()
 
@@ -384,18 +407,25 @@ def attention_configs(model: PreTrainedModel) -> list[Any]:
 
 
 def _find_blocks(model: PreTrainedModel, config: Any) -> tuple[str, nn.ModuleList]:
-    wanted = getattr(config, "num_hidden_layers", None)
     lists = [
         (path, module)
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
     ]
-    candidates = [(path, module) for path, module in lists if len(module) == wanted]
+    counts = [getattr(config, name, None) for name in BLOCK_COUNTS]
+    candidates = next(
+        (
+            found
+            for wanted in counts
+            if wanted and (found := [entry for entry in lists if len(entry[1]) == wanted])
+        ),
+        [],
+    )
     if not candidates:
-        found = ", ".join(f"{path} ({len(module)})" for path, module in lists)
+        there = ", ".join(f"{path} ({len(module)})" for path, module in lists)
         raise ArchitectureError(
-            f"{type(model).__name__} has no ModuleList of {wanted} blocks "
-            f"(config.num_hidden_layers); it has {found or 'no ModuleList at all'}"
+            f"{type(model).__name__} has no ModuleList of {counts[0]} blocks "
+            f"(config.num_hidden_layers); it has {there or 'no ModuleList at all'}"
         )
     outermost = min(path.count(".") for path, _ in candidates)
 
@@ -403,6 +433,37 @@ def _find_blocks(model: PreTrainedModel, config: Any) -> tuple[str, nn.ModuleLis
         return sum(parameter.numel() for parameter in entry[1].parameters())
 
     return max((entry for entry in candidates if entry[0].count(".") == outermost), key=size)
+
+
+def _find_body(model: PreTrainedModel, blocks_path: str) -> nn.Module:
+    """The innermost module around the blocks that takes token ids."""
+    path = blocks_path
+    while path:
+        path, _, _ = path.rpartition(".")
+        body = model.get_submodule(path)
+        if "input_ids" in inspect.signature(body.forward).parameters:
+            return body
+    return model
+
+
+def _no_heads(found: BlockStructure) -> str:
+    """Why a block has no heads."""
+    if found.attention_calls > 1:
+        return f"it computes attention {found.attention_calls} times in a pass"
+    return "it computes no attention"
+
+
+def _routing_reason(part: str, found: BlockStructure) -> tuple[object | None, str]:
+    """Whether a block has a site of `ROUTING`, and why not."""
+    if found.router is None:
+        return None, "no router of experts was found"
+    _, routing = found.router
+    if part == "router_logits":
+        return (None if routing.logits is None else True), "its router returns no logits"
+    if part == "router_probs":
+        reason = "its weights are neither a softmax nor a sigmoid of the router's logits"
+        return routing.scores, reason
+    return True, ""
 
 
 def _find_head(model: PreTrainedModel) -> nn.Module | None:

@@ -94,6 +94,40 @@ def _checked_replacement(new: Tensor, old: Tensor) -> Tensor:
     return new.to(device=old.device, dtype=old.dtype, copy=True)
 
 
+# --- The shape of the residual stream -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StreamShape:
+    """How blocks hand the residual stream on, against ``[batch, position, d_model]`` of a site.
+
+    Some models carry several streams side by side: ``[stream, batch, position, d]`` (AltUp, in
+    Gemma 3n) or ``[batch, position, stream, d]`` (hyper-connections). A site then has
+    ``stream·d`` entries on its last axis.
+    """
+
+    streams: int = 1
+    first: bool = False
+    """Whether the axis of streams comes first; else it is the last but one."""
+
+    def show(self, hidden: Tensor) -> Tensor:
+        """What blocks take and give, as ``[batch, position, d_model]``."""
+        if self.streams == 1:
+            return hidden
+        return (hidden.permute(1, 2, 0, 3) if self.first else hidden).flatten(-2)
+
+    def store(self, value: Tensor) -> Tensor:
+        """The inverse of `show`."""
+        if self.streams == 1:
+            return value
+        split = value.unflatten(-1, (self.streams, -1))
+        return split.permute(2, 0, 1, 3).contiguous() if self.first else split
+
+
+PLAIN = StreamShape()
+"""One stream, ``[batch, position, d_model]``."""
+
+
 # --- Taps on modules ------------------------------------------------------------------------------
 
 
@@ -112,6 +146,8 @@ class ModuleTap:
     scale: float = 1.0
     block: nn.Module | None = None
     adds_block_input: bool = False
+    stream: StreamShape = PLAIN
+    """Of a tap on a block: how the stream that it takes and gives is shaped."""
 
     def attach(self, stack: ExitStack, hook: Hook, last: bool = False) -> None:
         """Attach ``hook`` to the module; closing ``stack`` detaches it."""
@@ -122,8 +158,8 @@ class ModuleTap:
                 block_input[:] = [read_input(args, kwargs)]
 
             stack.callback(block_input.clear)
-            _hook_in_turn(stack, self.block, remember, _Turn.REMEMBER, before=True)
-        turn = _Turn.of(last, self.adds_block_input)
+            hook_in_turn(stack, self.block, remember, Turn.REMEMBER, before=True)
+        turn = Turn.of(last, self.adds_block_input)
         if self.at_input:
 
             def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -131,7 +167,7 @@ class ModuleTap:
                 new = self._apply(hook, hidden, block_input)
                 return None if new is hidden else write_input(args, kwargs, new)
 
-            _hook_in_turn(stack, self.module, before, turn, before=True)
+            hook_in_turn(stack, self.module, before, turn, before=True)
         else:
 
             def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
@@ -139,10 +175,14 @@ class ModuleTap:
                 new = self._apply(hook, hidden, block_input)
                 return None if new is hidden else write_hidden(output, new)
 
-            _hook_in_turn(stack, self.module, after, turn, before=False)
+            hook_in_turn(stack, self.module, after, turn, before=False)
 
     def _apply(self, hook: Hook, hidden: Tensor, block_input: list[Tensor]) -> Tensor:
         """What shall stand in the place of ``hidden``; the same object if nothing changes."""
+        if self.stream.streams > 1:
+            shown = self.stream.show(hidden)
+            new = replaced(hook, shown)
+            return hidden if new is shown else self.stream.store(new)
         value = hidden
         if self.block is not None and hidden.dim() == 2:
             value = value.view(*block_input[0].shape[:-1], -1)
@@ -163,7 +203,7 @@ class ModuleTap:
         return hidden + ((new - value) / self.scale).view_as(hidden)
 
 
-class _Turn(IntEnum):
+class Turn(IntEnum):
     """When hooks of this file on one module run: what is upstream first, recorders after edits."""
 
     EDIT = 0
@@ -173,7 +213,7 @@ class _Turn(IntEnum):
     REMEMBER = 4
 
     @classmethod
-    def of(cls, last: bool, adds_block_input: bool) -> _Turn:
+    def of(cls, last: bool, adds_block_input: bool) -> Turn:
         """The turn of an edit or a recorder (``last``), of a writer or of the sum it makes."""
         return cls(2 * adds_block_input + last)
 
@@ -181,8 +221,8 @@ class _Turn(IntEnum):
 _TURN = "_forward_pass_turn"
 
 
-def _hook_in_turn(
-    stack: ExitStack, module: nn.Module, hook: Callable[..., Any], turn: _Turn, *, before: bool
+def hook_in_turn(
+    stack: ExitStack, module: nn.Module, hook: Callable[..., Any], turn: Turn, *, before: bool
 ) -> None:
     """Attach a hook and put all hooks of this file on that module in turn, behind everyone else's.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from activation_record import ActivationRecord
-from forward_pass import InputError, Site, SiteError, record
+from forward_pass import READ_ONLY, InputError, Site, SiteError, read_only_message, record
 from model_architecture import Architecture, Layer
 from pass_positions import PassPositions, Selection, SequenceClock, check_spec
 from steering_vector import SteeringVector
@@ -211,7 +211,7 @@ def bind(architecture: Architecture, item: ActivationPatch | SteeringVector) -> 
 
     Raises:
         LayerError: there is no such layer.
-        SiteError: the layer has no such site, or no such head or neuron.
+        SiteError: the layer has no such site, head or neuron, or the site can only be recorded.
         InputError: the value does not fit what is there.
     """
     if isinstance(item, SteeringVector):
@@ -222,6 +222,8 @@ def bind(architecture: Architecture, item: ActivationPatch | SteeringVector) -> 
         )
     site = Site(item.site, architecture.resolve(item.layer_name))
     shape = token_shape(architecture, site)
+    if site.name in READ_ONLY:
+        raise SiteError(read_only_message(site.name))
     part = _Part(site, shape, item.head, item.neuron)
     positions = check_spec(item.position)
     value = item.value

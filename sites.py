@@ -26,11 +26,22 @@ SITES: dict[str, str] = {
     "key": "batch position kv_head d_head: after rotary embedding and key norm, as stored",
     "value": "batch position kv_head d_head: as stored",
     "attn_pattern": "batch head query key: attention probabilities",
+    "router_logits": "batch position expert: what a mixture's router gives each expert (read only)",
+    "router_probs": "batch position expert: softmax or sigmoid of these (read only)",
+    "expert_weights": "batch position expert: weight of each expert's output, 0 if not chosen",
 }
 """Every site and its axes.
 
 Only ``attn_pattern`` has its (query) position on axis 2, all others on 1.
 """
+
+READ_ONLY = ("router_logits", "router_probs")
+"""Sites that can be recorded, not edited."""
+
+
+def read_only_message(name: str) -> str:
+    """Why a site of `READ_ONLY` cannot be edited, and what to edit instead."""
+    return f"{name!r} can only be recorded; edit 'expert_weights' instead"
 
 
 class LayerError(KeyError, ValueError):

@@ -16,10 +16,11 @@ No module is kept: what was found are dotted paths and numbers.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from attention_internals import AttentionCall, AttentionFinder
-from forward_pass import ArchitectureError, evaluate, read_hidden, read_input
+from expert_routing import Routing, find_routing
+from forward_pass import PLAIN, ArchitectureError, StreamShape, evaluate, read_hidden, read_input
 
 PROBE_LENGTH = 5
 """Tokens in the pass that is watched."""
@@ -61,7 +63,18 @@ class BlockStructure:
     """The block's part that holds the MLP."""
     flattened: frozenset[str] = frozenset()
     """Modules that see ``[batch·position, d]`` instead of ``[batch, position, d]`` (OPT's MLP)."""
-    returns_tuple: bool = False
+    outputs: int = 0
+    """Entries of the tuple that the block returns; 0 for a tensor."""
+    attention_calls: int = 0
+    """How often attention was computed; with any other number than 1 its heads are not found."""
+    gated: bool = False
+    """Whether z is changed (by a gate or a norm) between attention and its output projection."""
+    normed_sum: bool = False
+    """Whether what the block returns is a norm of the sum, so that no parts add up to it."""
+    hands_on: bool = True
+    """Whether the next block receives just what this one returns."""
+    router: tuple[str, Routing] | None = None
+    """The module that chooses among the experts of a mixture, and what it returns."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,12 @@ class ModelStructure:
     blocks: tuple[BlockStructure, ...]
     final_norm: str | None
     """Path of the final norm in the body; None where there is none (OPT-350m)."""
+    stream: StreamShape = PLAIN
+    """How blocks hand the residual stream on."""
+    needs_every_block: bool = False
+    """Whether blocks hand each other more than that: routing, or keys and values that later blocks
+    use again.
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +101,7 @@ class _Seen:
     entered: Tensor | None
     left: Tensor | None
     order: int
+    routing: Routing | None = None
 
 
 class _BlockTrace:
@@ -91,7 +111,14 @@ class _BlockTrace:
         self.block = block
         self.pre: Tensor
         self.post: Tensor
-        self.returns_tuple = False
+        self.outputs = 0
+        self.handed: list[Any] = []
+        """What it was called with beside the hidden state."""
+        self.extras: list[Tensor] = []
+        """What it returned beside the hidden state."""
+        self.grown: list[tuple[dict[Any, Any], int]] = []
+        """Dictionaries it was called with, and their sizes then."""
+        self.runs = 0
         self.seen: list[_Seen] = []
         """In order of leaving."""
         self.calls: list[AttentionCall] = []
@@ -124,18 +151,72 @@ def probe_structure(
         evaluate(stack, model)
         traces = [_trace_block(stack, block) for block in blocks]
         around = _BlockTrace(body)
-        for name, child in body.named_children():
-            _trace_module(stack, around, name, child)
+        inner = {id(module) for block in blocks for module in block.modules()}
+        for name, child in body.named_modules():
+            if name and id(child) not in inner:
+                _trace_module(stack, around, name, child)
         running = _running_module(stack, blocks)
         finder = stack.enter_context(AttentionFinder(PROBE_LENGTH, running))
         body(**inputs, use_cache=False)
+    _require_blocks(body, traces)
     for trace in traces:
         inside = {id(module) for module in trace.block.modules()}
         trace.calls = [call for call in finder.calls if id(call.module) in inside]
+    stream = _find_stream(traces[0].pre)
     multiplier = getattr(config, "residual_multiplier", None)
     scales = [1.0] if multiplier in (None, 1.0) else [1.0, float(multiplier)]
-    found = tuple(_describe_block(trace, config, scales) for trace in traces)
-    return ModelStructure(found, _find_final_norm(around, traces[-1].post))
+    last = traces[-1].post
+    following = [*(trace.pre for trace in traces[1:]), last]
+    found = tuple(
+        replace(
+            _describe_block(trace, config, scales, stream),
+            hands_on=_same(trace.post, after),
+        )
+        for trace, after in zip(traces, following, strict=True)
+    )
+    return ModelStructure(found, _find_final_norm(around, last), stream, _hand_more(traces))
+
+
+def _require_blocks(body: nn.Module, traces: Sequence[_BlockTrace]) -> None:
+    """Refuse what is no chain of blocks, each run once, handing on a residual stream."""
+    name = type(body).__name__
+    runs = {trace.runs for trace in traces}
+    if runs != {1}:
+        raise ArchitectureError(
+            f"{name} runs its blocks {', '.join(map(str, sorted(runs)))} times in a forward pass; "
+            "this toolkit needs blocks that run once each (no recurrent depth)"
+        )
+    shapes = {tuple(trace.post.shape) for trace in traces}
+    linked = [_same(one.post, other.pre) for one, other in itertools.pairwise(traces)]
+    if len(shapes) > 1 or (linked and not any(linked)):
+        raise ArchitectureError(
+            f"{name} has no chain of blocks: what one of {type(traces[0].block).__name__} gives "
+            "is not what the next one takes, so there is no residual stream to read"
+        )
+
+
+def _find_stream(hidden: Tensor) -> StreamShape:
+    """How the stream of one row of `PROBE_LENGTH` tokens is shaped."""
+    if hidden.dim() == 4 and hidden.shape[1:3] == (1, PROBE_LENGTH):
+        return StreamShape(hidden.shape[0], first=True)
+    if hidden.dim() == 4 and hidden.shape[:2] == (1, PROBE_LENGTH):
+        return StreamShape(hidden.shape[2])
+    if hidden.dim() == 3 and hidden.shape[:2] == (1, PROBE_LENGTH):
+        return PLAIN
+    raise ArchitectureError(
+        f"blocks hand on a tensor of shape {tuple(hidden.shape)} for one row of {PROBE_LENGTH} "
+        "tokens; [batch, position, d_model] was expected"
+    )
+
+
+def _hand_more(traces: Sequence[_BlockTrace]) -> bool:
+    """Whether a block is given what another block made, beside the residual stream."""
+    made: set[int] = set()
+    for trace in traces:
+        if any(id(each) in made for each in trace.handed if isinstance(each, Tensor)):
+            return True
+        made |= {id(extra) for extra in trace.extras}
+    return any(len(shared) > size for trace in traces for shared, size in trace.grown)
 
 
 def _find_final_norm(around: _BlockTrace, last: Tensor) -> str | None:
@@ -150,7 +231,27 @@ def _trace_block(stack: ExitStack, block: nn.Module) -> _BlockTrace:
     trace = _BlockTrace(block)
     for path, module in block.named_modules():
         _trace_module(stack, trace, path, module)
+    _trace_hand_over(stack, trace)
     return trace
+
+
+def _trace_hand_over(stack: ExitStack, trace: _BlockTrace) -> None:
+    """Note what a block is given and gives beside the hidden state (held, so that it stays)."""
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        trace.runs += 1
+        given = [*args[1:], *kwargs.values()]
+        nested = [each for value in given if isinstance(value, tuple | list) for each in value]
+        trace.handed = [*given, *nested]
+        trace.grown = [(value, len(value)) for value in given if isinstance(value, dict)]
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        extras = output[1:] if isinstance(output, tuple | list) else ()
+        nested = [each for value in extras if isinstance(value, tuple | list) for each in value]
+        trace.extras = [each for each in (*extras, *nested) if isinstance(each, Tensor)]
+
+    stack.callback(trace.block.register_forward_pre_hook(before, with_kwargs=True).remove)
+    stack.callback(trace.block.register_forward_hook(after).remove)
 
 
 def _trace_module(stack: ExitStack, trace: _BlockTrace, path: str, module: nn.Module) -> None:
@@ -167,16 +268,22 @@ def _trace_module(stack: ExitStack, trace: _BlockTrace, path: str, module: nn.Mo
             trace.pre = hidden
 
     def after(module: nn.Module, _args: Any, output: Any) -> None:
-        hidden = read_hidden(output)
+        hidden = read_hidden(output) if output is not None and not _is_empty(output) else None
         hidden = hidden.clone() if isinstance(hidden, Tensor) else None
         entered = under_way.pop()
         if path:
-            trace.seen.append(_Seen(path, module, entered, hidden, len(trace.seen)))
+            routing = find_routing(output)
+            trace.seen.append(_Seen(path, module, entered, hidden, len(trace.seen), routing))
         elif hidden is not None:
-            trace.post, trace.returns_tuple = hidden, isinstance(output, tuple | list)
+            trace.post = hidden
+            trace.outputs = len(output) if isinstance(output, tuple | list) else 0
 
     stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
     stack.callback(module.register_forward_hook(after).remove)
+
+
+def _is_empty(output: Any) -> bool:
+    return isinstance(output, tuple | list) and not output
 
 
 def _running_module(stack: ExitStack, blocks: Sequence[nn.Module]) -> Any:
@@ -191,8 +298,12 @@ def _running_module(stack: ExitStack, blocks: Sequence[nn.Module]) -> Any:
     return lambda: under_way[-1] if under_way else None
 
 
-def _describe_block(trace: _BlockTrace, config: Any, scales: Sequence[float]) -> BlockStructure:
-    attn_writer, mlp_writer, scale = _find_writers(trace, scales)
+def _describe_block(
+    trace: _BlockTrace, config: Any, scales: Sequence[float], stream: StreamShape
+) -> BlockStructure:
+    attn_writer, mlp_writer, scale = None, None, 1.0
+    if stream.streams == 1:
+        attn_writer, mlp_writer, scale = _find_writers(trace, scales)
     attention = trace.calls[0] if len(trace.calls) == 1 else None
     attention_path = next(
         (s.path for s in trace.seen if attention and s.module is attention.module), None
@@ -222,7 +333,25 @@ def _describe_block(trace: _BlockTrace, config: Any, scales: Sequence[float]) ->
         down_proj=down_proj,
         flattened=frozenset(s.path for s in trace.seen if _is_flat(s.left) or _is_flat(s.entered)),
         mlp=mlp,
-        returns_tuple=trace.returns_tuple,
+        outputs=trace.outputs,
+        attention_calls=len(trace.calls),
+        gated=_is_gated(trace, attention, out_proj),
+        normed_sum=attn_writer is None and _is_normed_sum(trace),
+        router=next(((s.path, s.routing) for s in trace.once if s.routing is not None), None),
+    )
+
+
+def _is_gated(trace: _BlockTrace, call: AttentionCall | None, out_proj: str | None) -> bool:
+    """Whether the output projection takes something else than what attention made."""
+    if call is None or call.output is None or out_proj is None:
+        return False
+    return not any(_same(s.entered, call.output) for s in trace.once if s.path == out_proj)
+
+
+def _is_normed_sum(trace: _BlockTrace) -> bool:
+    """Whether the block returns what a norm makes of a sum (Vaswani et al. 2017)."""
+    return any(
+        _same(s.left, trace.post) and "norm" in type(s.module).__name__.lower() for s in trace.once
     )
 
 
@@ -307,9 +436,15 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 def _find_out_proj(
     trace: _BlockTrace, attention: str | None, call: AttentionCall | None
 ) -> str | None:
-    """The last matrix inside attention, if its input splits evenly into the heads."""
+    """The matrix that takes what attention made; where a gate or norm is between, the last one.
+
+    Its input must split evenly into the heads.
+    """
     if attention is None or call is None:
         return None
+    for seen in trace.once:
+        if _is_matrix(seen.module) and _same(seen.entered, call.output):
+            return seen.path
     inside = [s for s in trace.once if s.path.startswith(f"{attention}.") and _is_matrix(s.module)]
     if not inside or inside[-1].entered is None or inside[-1].entered.shape[-1] % call.query_heads:
         return None

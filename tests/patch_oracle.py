@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from forward_pass import Site, edit, record
+from forward_pass import READ_ONLY, Site, edit, record
 from model_architecture import Architecture
 
 KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
@@ -158,5 +158,5 @@ def sites_of(model, names=None):
     return [
         Site(name, layer)
         for name in architecture.available_sites(layer)
-        if names is None or name in names
+        if name not in READ_ONLY and (names is None or name in names)
     ]

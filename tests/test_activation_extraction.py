@@ -15,6 +15,7 @@ from activation_extraction import (
     extract_batch,
     make_request,
 )
+from expert_routing import ROUTING
 from forward_pass import SITES, ArchitectureError, InputError, LayerError, SiteError, read_hidden
 from model_architecture import Architecture
 
@@ -160,6 +161,7 @@ def test_every_site_of_every_layer_has_its_axes(family):
         "key": (1, 7, kv_heads, head_size),
         "value": (1, 7, kv_heads, head_size),
         "attn_pattern": (1, heads, 7, 7),
+        **dict.fromkeys(ROUTING, (1, 7, 4)),
     }
     for site in sites:
         for value in record.at_site(site).values():

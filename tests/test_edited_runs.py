@@ -9,9 +9,10 @@ import edited_runs
 import families
 from base_run import logits_at, run_base
 from edited_runs import Run, Work, _starts, abilities, default_tokens, run_edited
-from forward_pass import ArchitectureError, InputError, Site
+from forward_pass import READ_ONLY, ArchitectureError, InputError, Site
 from growing_pass import Edit, put_edit
 from intervention_handler import ActivationPatch, InterventionHandler
+from memory_limits import NotEnoughMemoryError, SmallerBatchWarning
 from model_architecture import Architecture
 from patch_oracle import (
     assert_untouched,
@@ -34,7 +35,7 @@ def all_sites(architecture):
         Site(name, layer)
         for layer in range(architecture.n_layers)
         for name in architecture.available_sites(layer)
-        if name != "embed"
+        if name not in ("embed", *READ_ONLY)
     ]
 
 
@@ -361,14 +362,20 @@ def test_too_little_memory_splits_a_batch(monkeypatch):
         return real(arch, base, joining, hooks, prompts, *rest)
 
     monkeypatch.setattr(edited_runs, "resume_growing", small)
-    close(run_edited(architecture, base, runs, keep_logits), expected)
+    with pytest.warns(SmallerBatchWarning, match=r"edited runs at a time do not fit .*going on with"):
+        found = run_edited(architecture, base, runs, keep_logits)
+    close(found, expected)
     assert max(sizes) > 2
+    assert sum(size > 2 for size in sizes) <= 3, "later batches are made small at once"
 
     def never(*_args):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(edited_runs, "resume_growing", never)
-    with pytest.raises(torch.OutOfMemoryError):
+    with (
+        pytest.warns(SmallerBatchWarning),
+        pytest.raises(NotEnoughMemoryError, match=r"one of the edited runs alone .*need about"),
+    ):
         run_edited(architecture, base, runs, keep_logits)
 
 
@@ -555,7 +562,7 @@ def test_default_tokens_hold_one_run_at_least():
     architecture = Architecture(families.build("gpt2"))
     base = base_of(architecture)
     assert default_tokens(architecture, base) == 2**13
-    assert edited_runs._free_bytes(torch.device("cpu")) > 0
+    assert edited_runs.free_bytes(torch.device("cpu")) > 0
 
 
 @pytest.mark.slow

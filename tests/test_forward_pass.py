@@ -13,6 +13,7 @@ from transformers import StaticCache
 
 import families
 from forward_pass import (
+    READ_ONLY,
     ArchitectureError,
     LayerError,
     Site,
@@ -71,7 +72,7 @@ def every_site(architecture, leave_out=("attn_pattern",)):
         Site(name, layer)
         for layer in range(architecture.n_layers)
         for name in architecture.available_sites(layer)
-        if name not in leave_out
+        if name not in (*leave_out, *READ_ONLY)
     ]
 
 

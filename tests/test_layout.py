@@ -15,6 +15,7 @@ MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 LAYERS = (
     (
         "sites",
+        "memory_limits",
         "token_labels",
         "figure_canvas",
         "dimensionality",
@@ -32,6 +33,7 @@ LAYERS = (
     ),
     (
         "attention_internals",
+        "expert_routing",
         "tokenization",
         "figures",
         "pass_positions",
@@ -61,6 +63,7 @@ LAYERS = (
     ),
     (
         "model_loader",
+        "memory_estimate",
         "record_files",
         "activation_statistics",
         "steering_direction",

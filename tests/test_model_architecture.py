@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import families
 import model_architecture
+from expert_routing import ROUTING
 from forward_pass import SITES, ArchitectureError, LayerError, Site, SiteError, record
 from model_architecture import Architecture, resolve_layer
 
@@ -176,6 +177,8 @@ def test_every_available_site_can_be_recorded_and_no_other(family):
             elif name == "mlp_neurons":
                 assert shape[:2] == (batch, length)
                 assert shape[2] not in (1, d_model)
+            elif name in ROUTING:
+                assert shape == (batch, length, 4), name
             else:
                 assert shape == (batch, length, d_model), name
         for name in set(SITES) - set(available) - {"embed"}:
@@ -321,7 +324,7 @@ def test_a_family_in_no_list_works_if_its_structure_allows():
 def test_a_block_that_is_not_a_sum_says_so():
     architecture = Architecture(OddModel(OddConfig(flavour="squashed")).eval())
     assert architecture.available_sites(1) == ["resid_pre", "resid_post"]
-    with pytest.raises(SiteError, match="no module was found whose output is added"):
+    with pytest.raises(SiteError, match="no two modules were found whose outputs are all"):
         architecture.tap(Site("mlp_out", 0))
     model = OddModel(OddConfig(flavour="squashed")).bfloat16().eval()
     with torch.no_grad():
