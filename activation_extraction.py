@@ -29,6 +29,8 @@ from activation_record import ActivationRecord, LayerActivations
 from activation_statistics import compare_activations, get_activation_statistics
 from extraction_request import Request, make_request
 from forward_pass import InputError, Recording, Site, record
+from memory_estimate import describe_need
+from memory_limits import in_batches
 from model_architecture import Architecture, Layer
 from record_files import DEFAULT_FORMAT, load_activations, save_activations
 from tokenization import (
@@ -119,6 +121,8 @@ def extract_batch(
 
     Raises:
         InputError: ``prompts`` is one text, a prompt or position cannot be used; says which prompt.
+        NotEnoughMemoryError: one prompt alone does not fit into memory. (A batch that does not is
+            halved, with a `memory_limits.SmallerBatchWarning`; the records are the same.)
     """
     if isinstance(prompts, str):
         raise InputError(
@@ -137,13 +141,23 @@ def extract_batch(
     if "attn_pattern" in request.names:
         manifest["attn_implementation"] = "eager"  # no other forms a pattern
     hidden = not show_progress or not sys.stderr.isatty()
+
+    def run(group: Sequence[_Item]) -> list[ActivationRecord]:
+        padded = _padded(group)
+        kept, whole = _run(architecture, padded, request)
+        return [
+            _make_record(architecture, tokenizer, item, row, request, kept, whole, manifest)
+            for row, item in enumerate(padded)
+        ]
+
+    def needs(group: Sequence[_Item]) -> str:
+        return describe_need(architecture, request, len(group[0].ids), len(group[0].positions))
+
     with tqdm(total=len(items), desc="extract", unit="prompt", disable=hidden) as bar:
-        for group in _batches(items, batch_size):
-            kept, whole = _run(architecture, group, request)
-            for row, item in enumerate(group):
-                records[item.index] = _make_record(
-                    architecture, tokenizer, item, row, request, kept, whole, manifest
-                )
+        batches = _batches(items, batch_size)
+        for group, made in in_batches(batches, run, unit="prompts", cost=_tokens, needs=needs):
+            for item, record in zip(group, made, strict=True):
+                records[item.index] = record
             bar.update(len(group))
     return [found for found in records if found is not None]
 
@@ -178,12 +192,20 @@ def _prepare(
 
 
 def _batches(items: Sequence[_Item], size: int) -> Iterator[list[_Item]]:
-    """Items of like length together, their padding known; longest first: memory fails early."""
+    """Items of like length together; longest first: memory fails early."""
     ordered = sorted(items, key=lambda item: (-len(item.ids), len(item.positions)))
     for start in range(0, len(ordered), size):
-        group = ordered[start : start + size]
-        width = len(group[0].ids)
-        yield [_Item(i.index, i.prompt, i.ids, i.positions, width - len(i.ids)) for i in group]
+        yield ordered[start : start + size]
+
+
+def _padded(group: Sequence[_Item]) -> list[_Item]:
+    """The items of a batch with their padding, the longest first."""
+    width = len(group[0].ids)
+    return [_Item(i.index, i.prompt, i.ids, i.positions, width - len(i.ids)) for i in group]
+
+
+def _tokens(group: Sequence[_Item]) -> int:
+    return len(group) * len(group[0].ids)
 
 
 def _run(

@@ -14,6 +14,7 @@ model does. Every check states the largest difference it saw and the difference 
 - *pattern*: attention rows are probabilities: not negative, summing to 1, or to less where the
   model has an attention sink.
 - *pattern and value*: the pattern times the values gives z (in models without a gate on z).
+- *causal*: another last token changes nothing at earlier positions.
 - *identity*: an edit that returns a copy of every site leaves the logits as they are.
 """
 
@@ -69,6 +70,8 @@ class ArchitectureReport:
     proofs: tuple[Proof, ...]
     missing: tuple[str, ...]
     """Sentences: which sites are not available, where, and why."""
+    found: tuple[str, ...] = ()
+    """Sentences: which modules are what."""
 
     @property
     def passed(self) -> bool:
@@ -83,6 +86,7 @@ class ArchitectureReport:
 
     def __str__(self) -> str:
         rows = [f"{self.model_class}, {self.n_layers} layers"]
+        rows += [f"  found: {sentence}" for sentence in self.found]
         words = {True: "passed", False: "FAILED", None: "not applicable"}
         for proof in self.proofs:
             difference = (
@@ -132,11 +136,13 @@ def check_architecture(architecture: Architecture) -> ArchitectureReport:
     if architecture.has_head:
         proofs.insert(1, _check_resume(architecture, kept, inputs))
         proofs.append(_check_identity(architecture, kept, inputs, inner))
+    proofs.append(_check_causal(architecture, kept, inputs))
     return ArchitectureReport(
         type(architecture.model).__name__,
         architecture.n_layers,
         tuple(proofs),
         _missing_sites(architecture),
+        _findings(architecture),
     )
 
 
@@ -223,7 +229,7 @@ def _check_pattern(_architecture: Architecture, kept: Recording) -> Proof:
 
 
 def _check_values(architecture: Architecture, kept: Recording) -> Proof:
-    pairs = []
+    pairs, note = [], "pattern @ value = z"
     for layer in range(architecture.n_layers):
         if architecture.structure[layer].gated:
             continue
@@ -231,9 +237,21 @@ def _check_values(architecture: Architecture, kept: Recording) -> Proof:
             pattern, value = kept[Site("attn_pattern", layer)], kept[Site("value", layer)]
             value = value.repeat_interleave(pattern.shape[1] // value.shape[2], dim=2)
             mixed = torch.einsum("bhqk,bkhd->bqhd", pattern, value)
-            if mixed.shape == kept[Site("head_out", layer)].shape:
-                pairs.append((mixed, kept[Site("head_out", layer)]))
-    return _worst("pattern and value", pairs, "pattern @ value = z")
+            z = kept[Site("head_out", layer)]
+            if mixed.shape == z.shape:
+                if _difference(mixed, z) > _allowed(mixed, z):
+                    mixed, note = (
+                        _sunk(mixed, z),
+                        "pattern @ value = z, scaled by a sink outside it",
+                    )
+                pairs.append((mixed, z))
+    return _worst("pattern and value", pairs, note)
+
+
+def _sunk(mixed: Tensor, z: Tensor) -> Tensor:
+    """Mixed values, each head's scaled by what an attention sink outside the pattern leaves."""
+    share = (mixed * z).sum(-1, keepdim=True) / (mixed * mixed).sum(-1, keepdim=True)
+    return mixed * share.clamp(0, 1)
 
 
 def _check_identity(
@@ -248,6 +266,48 @@ def _check_identity(
     return Proof(
         "identity", _difference(logits, kept.logits), 0.0, f"{len(sites)} edits that change nothing"
     )
+
+
+def _check_causal(architecture: Architecture, kept: Recording, inputs: dict[str, Tensor]) -> Proof:
+    last = Site("resid_post", architecture.n_layers - 1)
+    ids = inputs["input_ids"].clone()
+    ids[:, -1] = ids[:, 0]
+    other = record(architecture, {**inputs, "input_ids": ids}, [last])
+    pairs = [(other[last][:, :-1], kept[last][:, :-1])]
+    return _worst("causal", pairs, "another last token changes nothing before it")
+
+
+def _findings(architecture: Architecture) -> tuple[str, ...]:
+    """What the blocks are, and the parts of each kind of block with the layers that have it."""
+    path, norm = architecture.blocks_path, architecture.final_norm
+    names = {id(module): name for name, module in architecture.body.named_modules()}
+    ends = "no norm behind them" if norm is None else f"then the norm {names[id(norm)]!r}"
+    head = "a head" if architecture.has_head else "no head"
+    kinds: dict[str, list[int]] = {}
+    for layer in range(architecture.n_layers):
+        kinds.setdefault(_parts(architecture, layer), []).append(layer)
+    every = len(kinds) == 1
+    return (
+        f"{architecture.n_layers} blocks at {path!r}, {ends}, {head}",
+        *(
+            f"{'all layers' if every else f'layers {layers}'}: {kind}"
+            for kind, layers in kinds.items()
+        ),
+    )
+
+
+def _parts(architecture: Architecture, layer: int) -> str:
+    """A block's parts in words."""
+    found = architecture.structure[layer]
+    heads = f"{found.n_heads} heads"
+    if found.n_kv_heads != found.n_heads:
+        heads += f", {found.n_kv_heads} of keys and values"
+    attention = f"attention {found.attention!r} ({heads})" if found.attention else "no attention"
+    mlp = "no MLP" if found.mlp is None else f"MLP {found.mlp!r}"
+    writers = [repr(each) for each in (found.attn_writer, found.mlp_writer) if each is not None]
+    added = " and ".join(writers) if writers else "nothing that was found"
+    scale = "" if found.scale == 1.0 else f", times {found.scale}"
+    return f"{attention}, {mlp}; {added} added to the stream{scale}"
 
 
 def _missing_sites(architecture: Architecture) -> tuple[str, ...]:

@@ -27,7 +27,8 @@ from functools import lru_cache
 from importlib.metadata import version as library_version
 from itertools import repeat
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import UnionType
+from typing import Any, BinaryIO, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -57,6 +58,8 @@ PIECE = 2**24
 class MissingFileError(RecordFileError, FileNotFoundError):
     """There is no such file."""
 
+
+Result = TypeVar("Result")
 
 Arrays = Mapping[str, Tensor | Sequence[Tensor]]
 """By name: a tensor, or tensors of one shape and dtype that are stacked along a new first axis."""
@@ -287,6 +290,43 @@ def _checked(header: Any, kind: str, newest: int) -> dict[str, ArraySpec]:
             raise RecordFileError(f"its header declares {name!r} to be {entry}; expected an array")
         specs[name] = ArraySpec(entry["dtype"], tuple(shape))
     return specs
+
+
+def built(kind: type[Result], fields: Mapping[str, Any]) -> Result:
+    """A result out of what a file says, each field of the type that its class declares.
+
+    Args:
+        kind: A dataclass.
+        fields: By name.
+
+    Raises:
+        RecordFileError: a field is of another type.
+    """
+    hints = get_type_hints(kind)
+    for name, value in fields.items():
+        if name in hints and not _is_of(value, hints[name]):
+            expected = getattr(hints[name], "__name__", hints[name])
+            raise RecordFileError(f"its {name} is {repr(value)[:60]}; expected {expected}")
+    return kind(**fields)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation says: numbers, text, arrays, tuples of these."""
+    base, inside = get_origin(hint), get_args(hint)
+    if base is UnionType:
+        return any(_is_of(value, each) for each in inside)
+    if base is tuple:
+        if type(value) is not tuple:
+            return False
+        kinds = (inside[0],) * len(value) if inside[1:] == (...,) else inside
+        return len(kinds) == len(value) and all(map(_is_of, value, kinds))
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (int, str, bool):
+        return type(value) is hint
+    if isinstance(value, tuple) and hasattr(hint, "_fields"):  # a NamedTuple
+        return type(value) is hint and all(map(_is_of, value, get_type_hints(hint).values()))
+    return isinstance(value, base or hint)
 
 
 # --- Replacing a file, whole or not at all --------------------------------------------------------

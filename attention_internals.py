@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -356,6 +356,8 @@ class AttentionCall:
     route: str
     query_heads: int
     kv_heads: int
+    order: int = 0
+    """When it was computed, on the clock of whoever looks."""
     output: Tensor | None = None
     """What attention made, before any gate or output projection; None where it is not seen."""
 
@@ -363,13 +365,16 @@ class AttentionCall:
 class AttentionFinder(TorchFunctionMode):
     """While open, notes which modules attend, by which route, with how many heads.
 
-    ``running`` must name the innermost module under way (the prober keeps it so).
+    ``running`` must name the innermost module under way (the prober keeps it so); ``clock`` tells
+    the order of what is seen.
     """
 
-    def __init__(self, length: int, running: Callable[[], nn.Module | None]) -> None:
+    def __init__(
+        self, length: int, running: Callable[[], nn.Module | None], clock: Iterator[int]
+    ) -> None:
         super().__init__()
         self.calls: list[AttentionCall] = []
-        self._length, self._running = length, running
+        self._length, self._running, self._clock = length, running, clock
         self._factors: tuple[Tensor, Tensor] | None = None
         self._mixing = False
         """Whether the next product is that of a pattern and values."""
@@ -389,7 +394,8 @@ class AttentionFinder(TorchFunctionMode):
 
     def note_registry_call(self, module: nn.Module, query: Tensor, key: Tensor) -> AttentionCall:
         """Take note of an attention function that the registry handed out, before it runs."""
-        self.calls.append(AttentionCall(module, "registry", query.shape[1], key.shape[1]))
+        heads = query.shape[1], key.shape[1]
+        self.calls.append(AttentionCall(module, "registry", *heads, next(self._clock)))
         return self.calls[-1]
 
     def __torch_function__(
@@ -444,5 +450,6 @@ class AttentionFinder(TorchFunctionMode):
 
     def _add(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
         axis = 1 if query.dim() == 4 else 0  # the probe is one row: [batch·head, …] counts heads
-        self.calls.append(AttentionCall(module, "products", query.shape[axis], key.shape[axis]))
+        heads = query.shape[axis], key.shape[axis]
+        self.calls.append(AttentionCall(module, "products", *heads, next(self._clock)))
         self._mixing = True

@@ -278,7 +278,7 @@ def embedding_std(architecture: Architecture) -> float:
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, embedding.num_embeddings, VOCABULARY_PIECE):
         end = min(start + VOCABULARY_PIECE, embedding.num_embeddings)
-        ids = torch.arange(start, end, device=embedding.weight.device)
+        ids = torch.arange(start, end, device=architecture.input_device)
         rows = embedding(ids[None]).double()
         count += rows.numel()
         total += float(rows.sum())

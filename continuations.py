@@ -12,7 +12,7 @@ Both run the model as it is: open an `intervention_handler.InterventionHandler` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from forward_pass import InputError, evaluate, record
 from generation import decode_text, generation_options
+from memory_limits import in_batches
 from model_architecture import Architecture
 from tokenization import Prompt, check_ids, encode, pad_left
 
@@ -135,16 +136,22 @@ def sample_continuations(
     uniforms = np.random.default_rng(seed).random((len(rows), max(max_new_tokens, 1)))
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     done: dict[int, list[int]] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = [rows[row] for row in chosen]
-        sampling = (temperature, top_p, top_k)
-        new = _generate(architecture, tokenizer, batch, max_new_tokens, uniforms[chosen], sampling)
+    sampling = (temperature, top_p, top_k)
+
+    def run(chosen: Sequence[int]) -> list[list[int]]:
+        batch, draws = [rows[row] for row in chosen], uniforms[list(chosen)]
+        return _generate(architecture, tokenizer, batch, max_new_tokens, draws, sampling)
+
+    for chosen, new in in_batches(_cut(order, batch_size), run, unit="continuations"):
         done.update(zip(chosen, new, strict=True))
     return [
         Continuation(tuple(ids), tuple(done[row]), _new_text(tokenizer, ids, done[row]))
         for row, ids in enumerate(rows)
     ]
+
+
+def _cut(order: list[int], size: int) -> Iterator[list[int]]:
+    return (order[start : start + size] for start in range(0, len(order), size))
 
 
 def _generate(
@@ -219,9 +226,12 @@ def continuation_nats(
     )
     longest = max((len(each.ids) for each in continuations), default=1)
     rows = max(LOGIT_BYTES // (4 * longest * architecture.config.vocab_size), 1)
-    for start in range(0, len(order), rows):
-        chosen = order[start : start + rows]
-        nats[chosen] = _nats(architecture, [continuations[i] for i in chosen])
+
+    def run(chosen: Sequence[int]) -> np.ndarray:
+        return _nats(architecture, [continuations[i] for i in chosen])
+
+    for chosen, found in in_batches(_cut(order, rows), run, unit="continuations"):
+        nats[list(chosen)] = found
     return nats
 
 

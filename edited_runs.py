@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from base_run import BaseRun, run_base
 from forward_pass import ArchitectureError, InputError, Site, evaluate
 from growing_pass import Edit, edit_rows, put_edit, resume_growing
+from memory_limits import free_bytes, in_batches, in_words, is_out_of_memory
 from model_architecture import Architecture
 
 PROBE_TOKENS = 6
@@ -86,6 +87,8 @@ def _plan(number: int, run: Run, architecture: Architecture) -> _Planned:
 def _is_handed_on(edit: Edit, architecture: Architecture) -> bool:
     """Whether the next block receives what this one returns: no hook of others is in between."""
     after = edit.site.layer + 1
+    if not architecture.structure[edit.site.layer].hands_on:
+        return False
     return after == architecture.n_layers or not architecture.blocks[after]._forward_pre_hooks
 
 
@@ -120,7 +123,8 @@ def run_edited(
 
     Raises:
         InputError: there is no run.
-        OutOfMemoryError: a single run does not fit into memory (more are split until they do).
+        NotEnoughMemoryError: a single run does not fit into memory (more are halved until they
+            do, with a `memory_limits.SmallerBatchWarning`).
     """
     if not runs:
         raise InputError("there is nothing to run: no cell is left")
@@ -131,21 +135,22 @@ def run_edited(
         planned = [each._replace(start=0) for each in planned]
     values: list[Tensor | None] = [None] * len(runs)
     limit = max_tokens or default_tokens(architecture, base)
-    pending = [*_batches(planned, base.length, architecture, able, limit)]
-    pending.reverse()
+
+    def run(group: Sequence[_Planned]) -> Tensor:
+        logits = _run_batch(architecture, base, group, able, work)
+        numbers = torch.tensor([each.number for each in group])
+        return reduce(numbers, logits).cpu()
+
     with ExitStack() as stack:
         evaluate(stack, architecture.model)
-        while pending:
-            group = pending.pop()
-            try:
-                logits = _run_batch(architecture, base, group, able, work)
-                numbers = torch.tensor([each.number for each in group])
-                reduced = reduce(numbers, logits).cpu()
-            except torch.OutOfMemoryError:
-                if len(group) == 1:
-                    raise
-                pending += [group[len(group) // 2 :], group[: len(group) // 2]]
-                continue
+        batches = in_batches(
+            _batches(planned, base.length, architecture, able, limit),
+            run,
+            unit="edited runs",
+            cost=lambda group: len(group) * (base.length - group[0].start),
+            needs=lambda group: memory_needed(architecture, base, base.length - group[0].start),
+        )
+        for group, reduced in batches:
             for each, value in zip(group, reduced, strict=True):
                 values[each.number] = value
             if progress is not None:
@@ -162,26 +167,27 @@ def default_tokens(architecture: Architecture, base: BaseRun) -> int:
     A token's activations inside a block, its logits where they are read, and a pattern's row are
     counted in the model's dtype.
     """
-    config, weight = architecture.config, next(architecture.model.parameters())
-    inner = getattr(config, "intermediate_size", None) or 4 * architecture.d_model
-    heads = getattr(config, "num_attention_heads", None) or 1
-    per_token = 16 * architecture.d_model + 4 * int(inner) + 2 * heads * base.length
-    per_token += 4 * config.vocab_size * len(base.read) / base.length
-    bytes_free, liked = _free_bytes(weight.device), 2**13 if weight.device.type == "cpu" else 2**17
-    fitting = int(bytes_free / 2 / (per_token * max(weight.element_size(), 4)))
+    device = architecture.input_device
+    liked = 2**13 if device.type == "cpu" else 2**17
+    fitting = int(free_bytes(device) / 2 / _bytes_per_token(architecture, base))
     return max(min(fitting, liked), base.length)
 
 
-def _free_bytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    import os
+def _bytes_per_token(architecture: Architecture, base: BaseRun) -> float:
+    config, weight = architecture.config, next(architecture.model.parameters())
+    inner = getattr(config, "intermediate_size", None) or 4 * architecture.d_model
+    inner = max(inner) if isinstance(inner, list | tuple) else inner  # one for each layer
+    heads = getattr(config, "num_attention_heads", None) or 1
+    per_token = 16 * architecture.d_model + 4 * int(inner) + 2 * heads * base.length
+    per_token += 4 * config.vocab_size * len(base.read) / base.length
+    return per_token * max(weight.element_size(), 4)
 
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        return float(2**31)
+
+def memory_needed(architecture: Architecture, base: BaseRun, tokens: int) -> str:
+    """What a pass over some tokens of a base needs beside the weights, and what is free."""
+    needed = in_words(tokens * _bytes_per_token(architecture, base))
+    free = in_words(free_bytes(architecture.input_device))
+    return f"{tokens} tokens in one pass need about {needed}, and {free} are free"
 
 
 def _batches(
@@ -214,7 +220,7 @@ def _overhead(architecture: Architecture) -> float:
     """Tokens whose computation in one block takes as long as calling the block does."""
     block = architecture.blocks[0]
     weights = sum(parameter.numel() for parameter in block.parameters())
-    on_cpu = next(architecture.model.parameters()).device.type == "cpu"
+    on_cpu = architecture.input_device.type == "cpu"
     return 32 + (1e7 if on_cpu else 4e9) / max(weights, 1)
 
 
@@ -305,6 +311,16 @@ def _joins_with(edit: Edit, layer: int) -> bool:
 # --- What a model allows --------------------------------------------------------------------------
 
 
+BEHIND_MIXING = frozenset(
+    {"resid_mid", "resid_post", "attn_out", "mlp_out", "head_out", "mlp_neurons", "query",
+     "attn_pattern"}
+)  # fmt: skip
+"""Sites of a block that lie behind its attention's mixing of tokens.
+
+Some blocks mix them again: a convolution after attention (Inkling), a state space (Zamba 2).
+"""
+
+
 class Abilities(NamedTuple):
     """Which shortcuts give the same numbers on a model."""
 
@@ -314,6 +330,8 @@ class Abilities(NamedTuple):
     """Attention is causal, and positions before an edit can come from a cache."""
     causal: bool
     """A later token changes nothing at an earlier position."""
+    local_end: bool = False
+    """In the last block a token reaches no other one's logits through sites of `BEHIND_MIXING`."""
 
 
 _ABILITIES: WeakKeyDictionary[nn.Module, tuple[int, Abilities]] = WeakKeyDictionary()
@@ -355,15 +373,29 @@ def _try_abilities(architecture: Architecture) -> Abilities:
             f"{type(architecture.model).__name__} cannot be resumed from a residual stream"
         )
     grows = _agree(truth, _probe(architecture, base, runs, Abilities(True, False, causal)))
+    local_end = _ends_alone(architecture, ids, causal)
     suffix = False
     if causal:
         try:
             base = run_base(architecture, ids, cached=True)
-        except Exception:  # noqa: BLE001 - whatever a model says to a cache that it does not know
-            return Abilities(grows, False, causal)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return Abilities(grows, False, causal, local_end)
         tried = Abilities(grows, True, causal)
         suffix = bool(base.cache) and _agree(truth, _probe(architecture, base, runs, tried))
-    return Abilities(grows, suffix, causal)
+    return Abilities(grows, suffix, causal, local_end)
+
+
+def _ends_alone(architecture: Architecture, ids: Tensor, causal: bool) -> bool:
+    """Whether edits of one token in the last block leave the last token's logits as they are."""
+    last = architecture.n_layers - 1
+    names = BEHIND_MIXING & {*architecture.available_sites(last)} - {"attn_pattern"}
+    sites = [Site(name, last) for name in sorted(names)]
+    base = run_base(architecture, ids, sites, cached=False)
+    edits = tuple(Edit(site, base.sites[site][1, 2], 2) for site in sites)
+    edited = _probe(architecture, base, [Run(edits)], Abilities(False, False, causal))
+    return _agree(base.logits[:1], edited)
 
 
 def _is_causal(architecture: Architecture, ids: Tensor, base: BaseRun) -> bool:
@@ -398,6 +430,8 @@ def _probe(
             for group in groups.values():
                 logits = _run_batch(architecture, base, group, tried, Work())
                 values |= {each.number: row for each, row in zip(group, logits, strict=True)}
-    except Exception:  # noqa: BLE001 - whatever a model says to a batch that it did not expect
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return None
     return torch.stack([values[i] for i in range(len(runs))])

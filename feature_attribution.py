@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from array_files import open_arrays, write_arrays
+from array_files import built, open_arrays, write_arrays
 from base_run import BaseRun, run_base
 from edited_runs import Run, abilities, run_edited
 from forward_pass import InputError, Site, SiteError, edit, evaluate
@@ -70,6 +70,8 @@ class FeatureAttribution:
         shape = (len(self.features),)
         if any(getattr(self, name).shape != shape for name in _TABLES):
             raise InputError("importance, gradient and activation must have one entry per feature")
+        if not 0 <= self.position < len(self.tokens):
+            raise InputError(f"position {self.position} is none of the {len(self.tokens)} tokens")
 
     def __repr__(self) -> str:
         where = f"{self.site} of layer {self.layer} at {self.tokens[self.position]!r}"
@@ -136,7 +138,7 @@ class FeatureAttribution:
             header = dict(stored.content)
             header |= {name: tuple(header[name]) for name in ("tokens", "features")}
             tables: Any = {name: stored.read(name).numpy() for name in _TABLES}
-        return cls(**header, **tables)
+            return built(cls, {**header, **tables})
 
 
 _TABLES = ("importance", "gradient", "activation")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,12 +108,34 @@ def finish(figure: Figure, save_path: str | Path | None = None, show: bool = Fal
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Make a file and its folders; a file that is there stays as it was if writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path)
     part = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
         write(part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what processes left that were killed while they saved the same picture."""
+    if os.name != "posix":  # elsewhere nobody can be asked whether they are alive
+        return
+    start = f".{path.stem}-"
+    for part in path.parent.glob(f"{escape(start)}*{escape(path.suffix)}"):
+        number = part.name[len(start) : len(part.name) - len(path.suffix)]
+        if number.isascii() and number.isdigit() and not _is_alive(int(number)):
+            part.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True
 
 
 def text_colors(colors: np.ndarray) -> np.ndarray:

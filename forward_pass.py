@@ -31,11 +31,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from model_lock import ModelLock, hold, lock_of
 from module_taps import (
     PLAIN,
     ModuleTap,
     StreamShape,
     Tap,
+    WithinBlock,
     read_hidden,
     read_input,
     replaced,
@@ -73,6 +75,7 @@ __all__ = [
     "StreamShape",
     "Tap",
     "Wiring",
+    "WithinBlock",
     "attached",
     "edit",
     "evaluate",
@@ -83,6 +86,7 @@ __all__ = [
     "recording",
     "replaced",
     "resume",
+    "run_every_position",
     "skip_blocks",
     "take_positions",
     "write_hidden",
@@ -135,12 +139,20 @@ class Clock:
     """Absolute position of the first token of this pass."""
     length: int = 0
     """Number of tokens in this pass."""
+    _lock: ModelLock | None = None
 
     def attach(self, stack: ExitStack, body: nn.Module) -> None:
-        """Keep the clock right for every call of ``body`` until ``stack`` closes."""
+        """Keep the clock right for every call of ``body`` until ``stack`` closes.
+
+        Raises:
+            InputError: an edit function of this model is under way.
+        """
+        self._lock = hold(stack, body)
         stack.callback(body.register_forward_pre_hook(self._tick, with_kwargs=True).remove)
 
     def _tick(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._lock is not None:
+            self._lock.refuse_reentry()
         tokens = next(
             (
                 t
@@ -189,7 +201,8 @@ def attached(pairs: Iterable[tuple[Tap, Hook]], *, last: bool = False) -> Iterat
     """
     with ExitStack() as stack:
         for tap, hook in pairs:
-            tap.attach(stack, hook, last)
+            lock = hold(stack, tap.module)
+            tap.attach(stack, hook if last else lock.edits(hook), last)
         yield
 
 
@@ -213,13 +226,29 @@ def edit(
             shape.
     """
     pairs = list(edits.items() if isinstance(edits, Mapping) else edits)
+    lock_of(wiring.model)
     _probe_first(wiring)
     taps = [(wiring.tap(site), hook) for site, hook in pairs]
     clock = Clock()
     with ExitStack() as stack:
         clock.attach(stack, wiring.body)
+        run_every_position(stack, wiring)
         stack.enter_context(attached(taps))
         yield clock
+
+
+def run_every_position(stack: ExitStack, wiring: Wiring) -> None:
+    """Let every block see all tokens until ``stack`` closes, also where only some logits are kept.
+
+    Blocks that use the keys and values of earlier ones may otherwise run the last token alone.
+    """
+
+    def keep_all(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (args, {**kwargs, "logits_to_keep": 0}) if kwargs.get("logits_to_keep") else None
+
+    if wiring.needs_every_block:
+        handle = wiring.body.register_forward_pre_hook(keep_all, with_kwargs=True)
+        stack.callback(handle.remove)
 
 
 def _probe_first(wiring: Wiring) -> None:
@@ -288,8 +317,11 @@ def recording(
 
         return copy_out if detach else keep_graph
 
-    _probe_first(wiring)
-    with attached([(wiring.tap(site), keep(site)) for site in sites], last=True):
+    with ExitStack() as stack:
+        hold(stack, wiring.model)
+        _probe_first(wiring)
+        taps = [(wiring.tap(site), keep(site)) for site in sites]
+        stack.enter_context(attached(taps, last=True))
         yield kept
 
 
@@ -402,7 +434,14 @@ def _as_rows(value: Any, rows: int) -> Any:
 
 
 def evaluate(stack: ExitStack, model: nn.Module) -> None:
-    """Switch dropout off until ``stack`` closes; each module's own mode is put back."""
+    """Have the model to oneself, dropout off, until ``stack`` closes.
+
+    Each module's own mode is put back.
+
+    Raises:
+        InputError: an edit function of this model is under way.
+    """
+    hold(stack, model)
     for module in model.modules():
         if module.training:
             stack.callback(setattr, module, "training", True)

@@ -20,6 +20,7 @@ from activation_extraction import Request, assemble_record, make_manifest, make_
 from activation_record import ActivationRecord
 from forward_pass import InputError, Site, edit, evaluate
 from model_architecture import Architecture
+from module_devices import compute_devices
 from tokenization import Prompt, as_ids, check_ids, encode
 
 if TYPE_CHECKING:
@@ -332,7 +333,7 @@ def seeded(architecture: Architecture, seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    places = {parameter.device for parameter in architecture.model.parameters()}
+    places = compute_devices(architecture.model)
     cuda = [place.index for place in places if place.type == "cuda"]
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
@@ -355,4 +356,7 @@ def decode_text(
     numbers = as_ids(ids)
     if tokenizer is None:
         return " ".join(map(str, numbers))
+    wrong = [token for token in numbers if not 0 <= token < 2**32]
+    if wrong:
+        raise InputError(f"token ids are 0 or above; came {wrong[0]}")
     return str(tokenizer.decode(numbers, skip_special_tokens=True))

@@ -132,8 +132,8 @@ def heatmap(
     trace = _cells(go, table, scale, value_label, columns, rows, hover, cell_text)
     figure = go.Figure(trace)
     _style(figure, title, table.shape, cell_text is not None)
-    figure.update_xaxes(title=x_name, **_ticks(columns))
-    figure.update_yaxes(title=y_name, autorange="reversed", **_ticks(rows))
+    figure.update_xaxes(title=escape(x_name), **_ticks(columns))
+    figure.update_yaxes(title=escape(y_name), autorange="reversed", **_ticks(rows))
     return figure
 
 

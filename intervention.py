@@ -210,9 +210,9 @@ def patch_and_run(
         LayerError: there is no such layer.
         SiteError: a layer has no such site, head or neuron.
     """
-    handler = _handler(model, tokenizer, patches)
     ids = encode(tokenizer, prompt)
-    check_ids(ids, handler.architecture.config)
+    check_ids(ids, Architecture(model).config)
+    handler = _handler(model, tokenizer, patches)
     _check_positions(handler, len(ids))
     return _logits(handler, ids)
 
@@ -278,6 +278,8 @@ def generate_with_patching(
     Raises:
         InputError: a value does not fit, or a patch never took effect.
     """
+    config = Architecture(model).config
+    check_ids(encode(tokenizer, prompt), config, extra=max_new_tokens)
     handler = _handler(model, tokenizer, patches)
     refuse_chunks(generation_kwargs)
     generation_kwargs.setdefault("disable_compile", True)  # compiled code would not run the hooks

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from forward_pass import InputError, attached
+from forward_pass import InputError, attached, run_every_position
 from model_architecture import Architecture
 from pass_positions import SequenceClock
 from patch_binding import ActivationPatch, Bound, bind, by_token, token_shape, token_shapes
@@ -136,6 +136,7 @@ class InterventionHandler:
             self._clock = SequenceClock()
             self._clock.attach(stack, self.architecture.body)
             self._clock.announce_to(self._check_pass)
+            run_every_position(stack, self.architecture)
             stack.enter_context(self._attached)
             for bound in self.interventions:
                 bound.places.clear()

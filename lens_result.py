@@ -8,7 +8,7 @@ picture and a file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from array_files import open_arrays, write_arrays
-from forward_pass import InputError, Site, SiteError
+from array_files import built, open_arrays, write_arrays
+from forward_pass import InputError, RecordFileError, Site, SiteError
 from model_architecture import Architecture, Layer
 
 if TYPE_CHECKING:
@@ -302,21 +302,27 @@ class LensResult:
         """
         with open_arrays(Path(path), KIND, VERSION) as stored:
             header = stored.content
-            ids = stored.read("top_ids").numpy()
             names = [name for name in stored.specs if name.startswith(_METRIC)]
-            return cls(
-                text=header["text"],
-                tokens=tuple(header["tokens"]),
-                token_ids=tuple(header["token_ids"]),
-                positions=tuple(header["positions"]),
-                row_labels=tuple(header["row_labels"]),
-                site=header["site"],
-                top_tokens=np.array(header["top_tokens"], dtype=object).reshape(ids.shape),
-                top_ids=ids,
-                top_probs=stored.read("top_probs").numpy(),
-                top_logits=stored.read("top_logits").numpy(),
-                metrics={n.removeprefix(_METRIC): stored.read(n).numpy() for n in names},
-            )
+            fields: dict[str, Any] = {name: tuple(header[name]) for name in _LISTS}
+            fields |= {name: header[name] for name in ("text", "site")}
+            fields |= {name: stored.read(name).numpy() for name in _ARRAYS}
+            tokens = np.array(header["top_tokens"], dtype=object)
+            fields["top_tokens"] = tokens.reshape(fields["top_ids"].shape)
+            tables = {n.removeprefix(_METRIC): stored.read(n).numpy() for n in names}
+            _check_shapes(fields, tables)
+            return built(cls, {**fields, "metrics": tables})
+
+
+def _check_shapes(fields: Mapping[str, Any], metrics: Mapping[str, np.ndarray]) -> None:
+    """Refuse with RecordFileError what does not fit the labels that came with it."""
+    columns = {len(fields[name]) for name in ("tokens", "token_ids", "positions")}
+    cells = {table.shape for table in metrics.values()}
+    cells |= {fields[name].shape[:2] for name in _ARRAYS}
+    kept = {fields[name].shape for name in _ARRAYS}
+    if cells != {(len(fields["row_labels"]), *columns)} or len(kept) != 1:
+        raise RecordFileError(
+            f"it has {len(fields['row_labels'])} rows and columns {columns}, tables {cells}, {kept}"
+        )
 
 
 _ARRAYS = ("top_ids", "top_probs", "top_logits")

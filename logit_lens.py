@@ -70,6 +70,7 @@ class LogitLens:
         )
         self.architecture = Architecture(self.model)
         self.architecture.require_head("the logit lens")
+        self.architecture.require_stream("the logit lens")
         self.tuned = tuned
         if tuned is not None:
             tuned.require_fit(self.architecture)

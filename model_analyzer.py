@@ -31,10 +31,37 @@ from activation_extraction import (
     save_activations,
 )
 from architecture_check import ArchitectureReport, check_architecture
+from attention_analysis import (
+    attention_patterns,
+    batch_attention_patterns,
+    find_heads,
+    head_summary,
+)
+from attention_result import AttentionPatterns, HeadRanking, HeadSummary
 from causal_tracing import trace_subject
+from comparison_result import ModelComparison
+from concept_eraser import ConceptEraser, ErasureResult, check_erasure, erase_concept
 from direction_finding import find_direction
+from embedding_geometry import (
+    GeometryResult,
+    NearestTokens,
+    measure_geometry,
+    nearest_tokens,
+    token_neighbors,
+)
 from feature_attribution import compute_feature_attribution
 from generation import decode_text, generate
+from head_circuit_result import (
+    KINDS,
+    CircuitTokens,
+    CompositionScores,
+    HeadDirections,
+    HeadScores,
+)
+from head_circuits import circuit_tokens, composition_scores, copying_scores, head_directions
+from head_weights import HeadWeights, head_weights
+from head_writing import head_writes, value_weighted_patterns
+from head_writing_result import HeadWrites, WeightedPatterns
 from intervention import (
     Patches,
     activation_patch_experiment,
@@ -48,13 +75,18 @@ from lens_reports import (
     print_predictions,
     read_record,
 )
+from linear_probes import train_probes
 from logit_lens import LogitLens
+from memory_estimate import MemoryEstimate, estimate_memory
 from model_architecture import Layer
+from model_comparison import compare_models
 from model_loader import DEMO_MODEL, ModelInspector, ModelSource, load_model
 from node_effects import AblationEffects, PathEffects
 from patching_sweep import patching_sweep
 from path_patching import patch_paths
+from probe_result import ProbeResult
 from record_files import DEFAULT_FORMAT
+from similarity import SimilarityResult, layer_similarity, prompt_similarity
 from steering import generate_with_steering
 from steering_direction import Direction
 from steering_sweep import COEFFICIENTS, SteeringSweep, steering_sweep
@@ -200,6 +232,13 @@ class ModelAnalyzer:
             sites,
         )
 
+    def estimate_memory(self, prompts: Sequence[Prompt], **options: Any) -> MemoryEstimate:
+        """What `extract_batch_activations` will need of memory, before it is run.
+
+        ``options`` are that method's. See `memory_estimate.estimate_memory`.
+        """
+        return estimate_memory(self.architecture, self.tokenizer, prompts, **options)
+
     def save_activations(
         self,
         record_or_records: ActivationRecord | Sequence[ActivationRecord],
@@ -281,6 +320,112 @@ class ModelAnalyzer:
             top_k,
             **generation_kwargs,
         )
+
+    # --- Attention -------------------------------------------------------------------------------
+
+    def attention_patterns(
+        self, prompt: Prompt, layers: Layer | Sequence[Layer] | None = None
+    ) -> AttentionPatterns:
+        """Every head's pattern of one text, ``[head, query, key]`` per layer.
+
+        See `attention_analysis.attention_patterns`.
+        """
+        return attention_patterns(self.model, self.tokenizer, prompt, layers)
+
+    def batch_attention_patterns(
+        self,
+        prompts: Sequence[Prompt],
+        layers: Layer | Sequence[Layer] | None = None,
+        **options: Any,
+    ) -> list[AttentionPatterns]:
+        """The patterns of many texts, padding gone, in the order given.
+
+        ``batch_size`` and ``show_progress`` may follow.
+        See `attention_analysis.batch_attention_patterns`.
+        """
+        return batch_attention_patterns(self.model, self.tokenizer, prompts, layers, **options)
+
+    def head_summary(self, prompts: Sequence[Prompt] | None = None, **options: Any) -> HeadSummary:
+        """Previous-token, duplicate, induction, sink, … scores of every head, in one pass.
+
+        ``prompts=None`` takes repeated random tokens. See `attention_analysis.head_summary`.
+        """
+        return head_summary(self.model, self.tokenizer, prompts, **options)
+
+    def find_heads(
+        self, kind: str = "induction", prompts: Sequence[Prompt] | None = None, **options: Any
+    ) -> HeadRanking:
+        """The heads in order of one score: ``find_heads("induction")[0]`` is the first.
+
+        See `attention_analysis.find_heads`.
+        """
+        return find_heads(self.model, self.tokenizer, kind, prompts, **options)
+
+    # --- Weights of heads ------------------------------------------------------------------------
+
+    def head_weights(self, layer: Layer, *, fold_norm: bool = False) -> HeadWeights:
+        """W_Q, W_K, W_V, W_O of one block's heads, and their QK and OV circuits.
+
+        See `head_weights.head_weights`.
+        """
+        return head_weights(self.architecture, layer, fold_norm=fold_norm)
+
+    def copying_scores(self, layers: Sequence[Layer] | None = None, **options: Any) -> HeadScores:
+        """Whether each head says the token that it looks at, by its weights: −1 to 1.
+
+        ``circuit="qk"`` asks whether it looks for its own token. See
+        `head_circuits.copying_scores`.
+        """
+        return copying_scores(self.architecture, layers, **options)
+
+    def composition_scores(
+        self,
+        kinds: str | Sequence[str] = KINDS,
+        layers: Sequence[Layer] | None = None,
+        **options: Any,
+    ) -> CompositionScores:
+        """How strongly each head's query, key and value read what each earlier head writes.
+
+        See `head_circuits.composition_scores`.
+        """
+        return composition_scores(self.architecture, kinds, layers, **options)
+
+    def circuit_tokens(
+        self, head: Any, tokens: Sequence[str | int] | str | int | None = None, **options: Any
+    ) -> CircuitTokens:
+        """Which token makes a head (``"4.2"``) say which, or look for which (``circuit="qk"``).
+
+        See `head_circuits.circuit_tokens`.
+        """
+        return circuit_tokens(self.architecture, self.tokenizer, head, tokens, **options)
+
+    def head_directions(self, head: Any, **options: Any) -> HeadDirections:
+        """What a head reads and writes along its singular directions, as tokens.
+
+        See `head_circuits.head_directions`.
+        """
+        return head_directions(self.architecture, self.tokenizer, head, **options)
+
+    def value_weighted_patterns(
+        self, prompt: Prompt, layers: Sequence[Layer] | None = None
+    ) -> WeightedPatterns:
+        """Attention times the length of what each token's value writes (Kobayashi et al. 2020).
+
+        See `head_writing.value_weighted_patterns`.
+        """
+        return value_weighted_patterns(self.architecture, self.tokenizer, prompt, layers)
+
+    def head_writes(
+        self,
+        prompt: Prompt,
+        targets: Sequence[str | int] | str | int | None = None,
+        **options: Any,
+    ) -> HeadWrites:
+        """Each head's direct effect on logits at one position, and the tokens that it says.
+
+        See `head_writing.head_writes`.
+        """
+        return head_writes(self.architecture, self.tokenizer, prompt, targets, **options)
 
     # --- Patching --------------------------------------------------------------------------------
 
@@ -492,6 +637,87 @@ class ModelAnalyzer:
             coefficients,
             **options,
         )
+
+    # --- Probes, similarity, geometry ------------------------------------------------------------
+
+    def train_probes(
+        self,
+        texts: Sequence[Prompt],
+        labels: Any,
+        layers: Layer | Sequence[Layer] | None = None,
+        **options: Any,
+    ) -> ProbeResult:
+        """What can be read from each layer by a linear map, with controls; directions included.
+
+        ``groups``, ``permutations``, ``read``, ``at``, ``site`` and more may follow.
+        See `linear_probes.train_probes`.
+        """
+        return train_probes(self.model, self.tokenizer, texts, labels, layers, **options)
+
+    def erase_concept(
+        self, texts: Sequence[Prompt], labels: Any, layer: Layer, **options: Any
+    ) -> ConceptEraser:
+        """A function that takes out of one layer what a linear probe could read of the labels.
+
+        See `concept_eraser.erase_concept`.
+        """
+        return erase_concept(self.model, self.tokenizer, texts, labels, layer, **options)
+
+    def check_erasure(
+        self, texts: Sequence[Prompt], labels: Any, layer: Layer, **options: Any
+    ) -> ErasureResult:
+        """Erase a concept in the running model, and probe for it again, there and in later layers.
+
+        See `concept_eraser.check_erasure`.
+        """
+        return check_erasure(self.model, self.tokenizer, texts, labels, layer, **options)
+
+    def layer_similarity(
+        self, texts: Sequence[Prompt], other: Any = None, **options: Any
+    ) -> SimilarityResult:
+        """CKA or cosine of every layer with every layer, of this model or another.
+
+        See `similarity.layer_similarity`.
+        """
+        return layer_similarity(self.model, self.tokenizer, texts, other, **options)
+
+    def prompt_similarity(
+        self, texts: Sequence[Prompt], layer: Layer, **options: Any
+    ) -> SimilarityResult:
+        """Cosine or CKA of every prompt with every prompt at one layer.
+
+        See `similarity.prompt_similarity`.
+        """
+        return prompt_similarity(self.model, self.tokenizer, texts, layer, **options)
+
+    def nearest_tokens(self, vectors: Any, k: int = 10, **options: Any) -> NearestTokens:
+        """The vocabulary's tokens nearest to a vector, several, or a direction.
+
+        See `embedding_geometry.nearest_tokens`.
+        """
+        return nearest_tokens(self.model, self.tokenizer, vectors, k, **options)
+
+    def token_neighbors(
+        self, tokens: str | int | Sequence[str | int], k: int = 10, **options: Any
+    ) -> NearestTokens:
+        """The tokens with the most similar embeddings. See `embedding_geometry.token_neighbors`."""
+        return token_neighbors(self.model, self.tokenizer, tokens, k, **options)
+
+    def measure_geometry(self, texts: Sequence[Prompt], **options: Any) -> GeometryResult:
+        """Anisotropy and participation ratio of activations, layer by layer.
+
+        See `embedding_geometry.measure_geometry`.
+        """
+        return measure_geometry(self.model, self.tokenizer, texts, **options)
+
+    def compare_models(
+        self, other: Any, texts: Sequence[Prompt], **options: Any
+    ) -> ModelComparison:
+        """This model and its fine-tune: activations, lens, logits and weights by layer.
+
+        See `model_comparison.compare_models`.
+        """
+        return compare_models(self.model, self.tokenizer, other, texts, **options)
 
     # --- Inspection ------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_internals import PARTS, AttentionTap
+from decoder_check import refuse_encoder, refuse_encoder_decoder
 from expert_routing import ROUTING, RoutingTap
 from forward_pass import (
     SITES,
@@ -31,7 +33,10 @@ from forward_pass import (
     SiteError,
     StreamShape,
     Tap,
+    WithinBlock,
 )
+from model_lock import unwrap
+from module_devices import compute_device
 from structure_probe import PROBE_LENGTH, BlockStructure, ModelStructure, probe_structure
 
 if TYPE_CHECKING:
@@ -109,25 +114,23 @@ class Architecture:
     Making one is cheap; what was found is remembered per model for as long as the model lives.
 
     Args:
-        model: A causal language model, or its base model without a head.
+        model: A causal language model, or its base model without a head; of what
+            ``torch.compile`` returned, the model inside.
 
     Raises:
         ArchitectureError: it is an encoder-decoder, or no list of blocks is found.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        model = unwrap(model)
         self.model = model
         self.config = text_config(model.config)
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ArchitectureError(
-                f"{type(model).__name__} is an encoder-decoder; "
-                "this toolkit analyses decoder-only language models"
-            )
+        refuse_encoder_decoder(model.config, type(model).__name__)
         self.blocks_path, blocks = _find_blocks(model, self.config)
         self.blocks = cast(Sequence[nn.Module], blocks)
         self.body: nn.Module = _find_body(model, self.blocks_path)
         self.has_head: bool = _find_head(model) is not None
-        self.name_prefix = _base_prefix(model)
+        self.name_prefix = "" if self.has_head else _base_prefix(model)
         self.layer_names = [
             f"{self.name_prefix}{self.blocks_path}.{i}" for i in range(len(self.blocks))
         ]
@@ -144,7 +147,7 @@ class Architecture:
     @property
     def d_model(self) -> int:
         """Width of the residual stream (of all its streams together, where it has several)."""
-        return int(self.config.hidden_size) * self.stream.streams
+        return self._found.width
 
     @cached_property
     def _found(self) -> ModelStructure:
@@ -153,9 +156,9 @@ class Architecture:
         known = _KNOWN.get(self.model)
         if known is None or known[0] != fingerprint:
             ids = torch.arange(1, PROBE_LENGTH + 1).remainder(self.config.vocab_size)[None]
-            found = probe_structure(
-                self.model, self.body, self.blocks, self.config, self.inputs(ids)
-            )
+            inputs = self.inputs(ids)
+            refuse_encoder(self.model, self.body, inputs)
+            found = probe_structure(self.model, self.body, self.blocks, self.config, inputs)
             known = (fingerprint, found)
             _KNOWN[self.model] = known
         return known[1]
@@ -182,20 +185,24 @@ class Architecture:
         return self._found.stream
 
     @property
+    def reads_earlier_streams(self) -> bool:
+        """Whether later parts read earlier blocks' streams too, so that a stream is not all."""
+        return self._found.reads_earlier
+
+    @property
     def needs_every_block(self) -> bool:
         """Whether blocks hand each other more than the residual stream: none can be skipped."""
         return self._found.needs_every_block
 
     @property
     def input_device(self) -> torch.device:
-        """Where token ids must lie: the device of the embedding."""
-        embedding: Any = self.model.get_input_embeddings()
-        return embedding.weight.device
+        """Where token ids must lie: where the embedding computes."""
+        return compute_device(cast(nn.Module, self.model.get_input_embeddings()))
 
     @property
     def stream_device(self) -> torch.device:
         """Where the residual stream leaves the last block."""
-        return next(self.blocks[-1].parameters()).device
+        return compute_device(self.blocks[-1])
 
     @cached_property
     def forward_parameters(self) -> set[str]:
@@ -231,6 +238,14 @@ class Architecture:
             raise ArchitectureError(
                 f"{purpose} needs the language-model head, and {type(self.model).__name__} has "
                 "none: load it with load_for_generation=True (AutoModelForCausalLM)"
+            )
+
+    def require_stream(self, purpose: str) -> None:
+        """Raise ArchitectureError if what follows a block reads more than the residual stream."""
+        if self.reads_earlier_streams:
+            raise ArchitectureError(
+                f"{purpose} reads one residual stream, and {type(self.model).__name__} reads those "
+                "of earlier blocks beside it"
             )
 
     # Names of parts, one per block ------------------------------------------------------------
@@ -299,9 +314,20 @@ class Architecture:
         why = self.missing(site)
         if why:
             raise SiteError(why)
-        return self._inner_tap(name, self.structure[layer], block)
+        tap = self._inner_tap(name, self.structure[layer], block)
+        if id(tap.module) in self._shared_modules:
+            return WithinBlock(tap, block)
+        return tap
 
-    def _inner_tap(self, name: str, found: BlockStructure, block: nn.Module) -> Tap:
+    @cached_property
+    def _shared_modules(self) -> set[int]:
+        """Modules that are part of more than one block (Zamba's attention)."""
+        counts = Counter(id(module) for block in self.blocks for module in block.modules())
+        return {module for module, count in counts.items() if count > 1}
+
+    def _inner_tap(
+        self, name: str, found: BlockStructure, block: nn.Module
+    ) -> ModuleTap | AttentionTap | RoutingTap:
         if name in PARTS:
             attention = block.get_submodule(found.attention or "")
             configs = attention_configs(self.model)
@@ -423,6 +449,11 @@ def _find_blocks(model: PreTrainedModel, config: Any) -> tuple[str, nn.ModuleLis
     )
     if not candidates:
         there = ", ".join(f"{path} ({len(module)})" for path, module in lists)
+        if counts[0] is None:
+            raise ArchitectureError(
+                f"the config of {type(model).__name__} does not say how many blocks it has "
+                f"(num_hidden_layers); it has {there or 'no ModuleList at all'}"
+            )
         raise ArchitectureError(
             f"{type(model).__name__} has no ModuleList of {counts[0]} blocks "
             f"(config.num_hidden_layers); it has {there or 'no ModuleList at all'}"

@@ -109,8 +109,27 @@ def find_module(model: PreTrainedModel, name: Layer) -> nn.Module:
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters by name, detached: the live storage, not a copy."""
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+    """A module's parameters by name, detached: the live storage, not a copy.
+
+    Parameters that accelerate has offloaded are fetched, and are copies.
+    """
+    weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    for path, part in module.named_modules():
+        own = [f"{path}.{name}".lstrip(".") for name, _ in part.named_parameters(recurse=False)]
+        if hasattr(part, "_hf_hook") and any(weights[n].is_meta for n in own if n in weights):
+            weights |= {name: weight for name, weight in _fetched(part, path) if name in weights}
+    return weights
+
+
+def _fetched(part: nn.Module, path: str) -> list[tuple[str, Tensor]]:
+    """Copies of one module's own parameters that lie elsewhere."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(part):
+        return [
+            (f"{path}.{name}".lstrip("."), parameter.detach().clone())
+            for name, parameter in part.named_parameters(recurse=False)
+        ]
 
 
 def part_names(architecture: Architecture, part: str) -> list[str]:

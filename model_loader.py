@@ -9,6 +9,8 @@ random numbers, and so is a tokenizer without a vocabulary.
 (`get_architecture_summary`, `get_num_layers`) or only the shapes (`get_layer_names`,
 `get_parameter_count`) does not load the weights; the config alone does not even import
 transformers' modeling code.
+
+    python -m model_loader check PATH_OR_ID      what was found in a model, proved by numbers
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from forward_pass import ArchitectureError, InputError
+from decoder_check import refuse_encoder, refuse_encoder_decoder
+from forward_pass import InputError
 from model_architecture import Architecture, Layer, text_config
 from model_inspection import (
     SUMMARY_FIELDS,
@@ -39,6 +42,8 @@ from model_inspection import (
     part_names,
     weights_of,
 )
+from model_lock import unwrap
+from module_devices import compute_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,7 +112,8 @@ def load_model(
     """Load a model and its tokenizer, ready for analysis (evaluation mode).
 
     Args:
-        source: A local folder, a hub id, or a live model, which is used as it is.
+        source: A local folder, a hub id, or a live model, which is used as it is (of what
+            ``torch.compile`` returned, the model inside).
         device: Where the model shall lie; None picks CUDA, then MPS, then CPU. Not with
             ``device_map``.
         head: With False the base model without its language-model head is loaded.
@@ -136,11 +142,12 @@ def load_model(
         target = None
     place, options = _locate(source, loading)
     config = _load_config(place, options)
-    _refuse_encoder_decoder(config, place)
+    refuse_encoder_decoder(config, f"{place} ({config.model_type})")
     if load_tokenizer and tokenizer is None:
         tokenizer = _load_tokenizer(place, options)
-    model = _load_weights(place, config, head, target, {**loading, **options})
-    return model.eval(), tokenizer
+    model = _load_weights(place, config, head, target, {**loading, **options}).eval()
+    _require_decoder(model)
+    return model, tokenizer
 
 
 def load_model_from_path(
@@ -157,10 +164,12 @@ def _live_model(
     load_tokenizer: bool,
     loading: dict[str, Any],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    model = unwrap(model)
     _require_live(model)
     if loading:
         raise InputError(f"{', '.join(loading)} cannot be used with a model that is already loaded")
-    here = model.device
+    _require_decoder(model)
+    here = compute_device(model)
     wanted = here if device is None else usable_device(device)
     if wanted.type != here.type or wanted.index not in (None, here.index):
         raise InputError(
@@ -175,6 +184,13 @@ def _live_model(
     ):
         tokenizer = _load_tokenizer(model.name_or_path, {"local_files_only": True})
     return model, tokenizer
+
+
+def _require_decoder(model: PreTrainedModel) -> None:
+    """Refuse encoders; runs two tokens, and only where the model's class leaves a doubt."""
+    refuse_encoder_decoder(model.config, type(model).__name__)
+    ids = torch.tensor([[1, 2, 3]], device=compute_device(model))
+    refuse_encoder(model, model.base_model, {"input_ids": ids})
 
 
 def _require_live(model: PreTrainedModel) -> None:
@@ -238,14 +254,6 @@ def _remedy(err: BaseException) -> str:
     return "; if you trust that code, pass trust_remote_code=True" if asks else ""
 
 
-def _refuse_encoder_decoder(config: Any, place: str) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        raise ArchitectureError(
-            f"{place} ({config.model_type}) is an encoder-decoder; "
-            "this toolkit analyses decoder-only language models"
-        )
-
-
 def _load_tokenizer(place: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
@@ -279,12 +287,27 @@ def _import_modeling() -> None:
         gc.enable()
 
 
+def _auto_class(config: Any, head: bool) -> Any:
+    """The automatic class that knows a config: with a head also those that read images beside text.
+
+    Args:
+        config: The model's config.
+        head: Whether the language-model head is wanted.
+    """
+    if not head:
+        return transformers.AutoModel
+    readers = transformers.AutoModelForImageTextToText
+    text_only = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    with_images = not text_only and type(config) in readers._model_mapping
+    return readers if with_images else transformers.AutoModelForCausalLM
+
+
 def _load_weights(
     place: str, config: Any, head: bool, device: torch.device | None, loading: dict[str, Any]
 ) -> PreTrainedModel:
     """The model on ``device`` (None: where ``device_map`` says), no weight of it made up."""
     _import_modeling()
-    kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+    kind = _auto_class(config, head)
     own = getattr(config, "quantization_config", None)
     quantized = own is not None or loading.get("quantization_config") is not None
     if quantized and device is not None:  # a quantized model cannot be moved afterwards
@@ -352,9 +375,9 @@ class ModelInspector:
         if isinstance(model_path, str | Path):
             self.config = _load_config(*_locate(model_path, loading))
         else:
-            _require_live(model_path)
-            self._model = model_path
-            self.config = model_path.config
+            self._model = unwrap(model_path)
+            _require_live(self._model)
+            self.config = self._model.config
 
     def __repr__(self) -> str:
         state = "not loaded" if self._model is None else "loaded"
@@ -396,13 +419,9 @@ class ModelInspector:
     @cached_property
     def _empty(self) -> PreTrainedModel:
         """The model's modules on the meta device: shapes, no weights."""
-        _refuse_encoder_decoder(self.config, str(self.model_path))
+        refuse_encoder_decoder(self.config, f"{self.model_path} ({self.config.model_type})")
         _import_modeling()
-        kind = (
-            transformers.AutoModelForCausalLM
-            if self._loading.get("head", True)
-            else transformers.AutoModel
-        )
+        kind = _auto_class(self.config, self._loading.get("head", True))
         with torch.device("meta"):
             return kind.from_config(
                 self.config, trust_remote_code=self._loading.get("trust_remote_code", False)
@@ -481,3 +500,7 @@ def _name_of(source: ModelSource) -> str:
     if isinstance(source, str | Path):
         return str(source)
     return source.name_or_path or type(source).__name__
+
+
+if __name__ == "__main__":
+    raise SystemExit(import_module("model_check").main())

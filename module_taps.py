@@ -22,6 +22,10 @@ from sites import ArchitectureError, Hook, SiteError
 class Tap(Protocol):
     """A way to see and change one site of one model."""
 
+    @property
+    def module(self) -> nn.Module:
+        """The part of the model that it looks at."""
+
     def attach(self, stack: ExitStack, hook: Hook, last: bool = False) -> None:
         """Attach ``hook``, ``last`` behind all that are not; closing ``stack`` detaches it."""
 
@@ -201,6 +205,36 @@ class ModuleTap:
             base = block_input[0] if self.adds_block_input else torch.zeros_like(new)
             return ((new - base) / self.scale).view_as(hidden)
         return hidden + ((new - value) / self.scale).view_as(hidden)
+
+
+@dataclass(frozen=True, eq=False)
+class WithinBlock:
+    """A tap on a module that several blocks share, in force while one of them runs."""
+
+    tap: Tap
+    block: nn.Module
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is shared."""
+        return self.tap.module
+
+    def attach(self, stack: ExitStack, hook: Hook, last: bool = False) -> None:
+        """Attach ``hook``; closing ``stack`` detaches it."""
+        running = [False]
+
+        def enter(*_: Any) -> None:
+            running[0] = True
+
+        def leave(*_: Any) -> None:
+            running[0] = False
+
+        def guarded(value: Tensor) -> Tensor | None:
+            return hook(value) if running[0] else None
+
+        stack.callback(self.block.register_forward_pre_hook(enter).remove)
+        stack.callback(self.block.register_forward_hook(leave, always_call=True).remove)
+        self.tap.attach(stack, guarded, last)
 
 
 class Turn(IntEnum):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 
-from array_files import open_arrays, write_arrays
+from array_files import built, open_arrays, write_arrays
 from circuit_nodes import Group, Node, group_label
 from forward_pass import InputError
 
@@ -192,7 +192,7 @@ class NodeEffects:
             header |= {name: tuple(header[name]) for name in TUPLES if name in header}
             found = [name for name in TABLES if name in stored.specs]
             header |= {name: stored.read(name).numpy() for name in found}
-        return cls(**header)
+            return built(cls, header)
 
 
 def _as_json(value: Any) -> Any:

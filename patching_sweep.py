@@ -154,14 +154,16 @@ class _Sweep:
         arch, group = self.architecture, [pairs[number] for number in numbers]
         read = reads_of(self.options.metric)
         sites = [Site(self.options.site, layer) for layer in self.options.layers]
-        cached = abilities(arch).suffix
-        base = self._run_prompts([pair.base for pair in group], sites, read, cached)
+        able = abilities(arch)
+        base = self._run_prompts([pair.base for pair in group], sites, read, able.suffix)
         source = self._run_prompts([pair.source for pair in group], sites, read, False)
         self._make_metrics(group, numbers, base, source)
         runs: list[Run] = []
         where: list[tuple[int, int]] = []
         for row, number in enumerate(numbers):
-            planner = CellPlanner(self.options, group[row], self.places[number], base, source, row)
+            planner = CellPlanner(
+                self.options, group[row], self.places[number], base, source, row, able.local_end
+            )
             for index, cell in enumerate(self.cells):
                 edit = planner.edit(cell)
                 if isinstance(edit, Edit):

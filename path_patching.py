@@ -35,9 +35,10 @@ from tqdm import tqdm
 
 from base_run import run_base
 from circuit_nodes import Group, parts_of, reads_at, receiver_nodes, sender_groups
-from edited_runs import abilities, default_tokens
+from edited_runs import abilities, default_tokens, memory_needed
 from forward_pass import InputError
 from logit_metrics import Metric, make_metric, reads_of
+from memory_limits import in_batches
 from model_architecture import Architecture
 from node_effects import PathEffects
 from path_pass import PathPlan, PathRuns, plan_path, run_paths, sender_sites
@@ -226,16 +227,13 @@ class _PathStudy:
         runs = PathRuns(arch, base, other, start, sending, receiving)
         limit = self.max_tokens or default_tokens(arch, base)
         size = max(1, limit // (2 * (base.length - start)))
-        pending = [*_batches(plans, size, able.grows)][::-1]
-        while pending:
-            batch = pending.pop()
-            try:
-                logits = run_paths(runs, batch, able.grows)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                pending += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
-                continue
+        batches = in_batches(
+            _batches(plans, size, able.grows),
+            lambda batch: run_paths(runs, batch, able.grows),
+            unit="paths",
+            needs=lambda _batch: memory_needed(arch, base, 2 * (base.length - start)),
+        )
+        for batch, logits in batches:
             self.passes += 1
             unread = len(base.read) - logits.shape[1]
             before = base.logits[:, :unread].expand(len(logits), -1, -1)

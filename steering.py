@@ -33,10 +33,11 @@ from forward_pass import InputError
 from generation import generate_text
 from intervention_handler import InterventionHandler, refuse_chunks
 from model_architecture import Architecture, Layer
+from module_devices import compute_device
 from pass_positions import PassPositions
 from steering_direction import Direction, by_layer
 from steering_vector import SteeringVector
-from tokenization import Positions, Prompt, encode
+from tokenization import Positions, Prompt, check_ids, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,9 +95,8 @@ def create_steering_vector(
 
 
 def _device(architecture: Architecture, layer: int) -> torch.device:
-    """Where a block computes; the CPU for one whose weights accelerate has put away."""
-    device = next(architecture.blocks[layer].parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
+    """Where a block computes."""
+    return compute_device(architecture.blocks[layer])
 
 
 def steer(
@@ -308,7 +308,9 @@ def generate_with_steering(
         LayerError: there is no such layer.
         ArchitectureError: the model has no head.
     """
-    layers = Architecture(model).n_layers // 2 if layer_name is None else layer_name
+    architecture = Architecture(model)
+    check_ids(encode(tokenizer, prompt), architecture.config, extra=max_new_tokens)
+    layers = architecture.n_layers // 2 if layer_name is None else layer_name
     directions = find_directions(
         model,
         tokenizer,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from array_files import open_arrays, write_arrays
+from array_files import built, open_arrays, write_arrays
 from forward_pass import InputError
 
 if TYPE_CHECKING:
@@ -327,7 +327,7 @@ class SteeringSweep:
             texts = np.array(header["texts"], dtype=object).reshape(arrays["scores"].shape)
             fields: dict[str, Any] = {name: tuple(header[name]) for name in _LISTS}
             fields |= {name: header[name] for name in ("effect_name", "about")}
-            return cls(**fields, **arrays, texts=texts)
+            return built(cls, {**fields, **arrays, "texts": texts})
 
 
 _ARRAYS = ("scores", "weights", "nats", "n_tokens")

@@ -29,7 +29,7 @@ from pass_positions import PassPositions
 from steering import steer
 from steering_direction import Direction, by_layer
 from steering_effects import SteeringCell, SteeringSweep, WordBalance
-from tokenization import Positions, Prompt, encode
+from tokenization import Positions, Prompt, check_ids, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,6 +82,7 @@ def steering_sweep(
         ArchitectureError: the model has no head.
     """
     _measure(options.get("score"), *(options.get(name, ()) for name in _WORD_LISTS))
+    _rows(Architecture(model), tokenizer, prompts, options.get("max_new_tokens", NEW_TOKENS))
     directions = find_directions(
         model,
         tokenizer,
@@ -94,6 +95,20 @@ def steering_sweep(
     )
     return sweep_directions(model, tokenizer, prompts, directions, coefficients, **options)
 
+
+def _rows(
+    architecture: Architecture, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[list[int]]:
+    """Token ids of each prompt, checked before anything runs."""
+    check_examples(prompts, "prompts")
+    rows = [encode(tokenizer, prompt) for prompt in prompts]
+    for ids in rows:
+        check_ids(ids, architecture.config, extra=max_new_tokens)
+    return rows
+
+
+NEW_TOKENS = 25
+"""Tokens of a continuation, where nothing else is said."""
 
 _WORD_LISTS = ("positive_words", "negative_words")
 
@@ -110,7 +125,7 @@ def sweep_directions(
     negative_words: Collection[str] = (),
     effect_name: str | None = None,
     n_samples: int = 8,
-    max_new_tokens: int = 25,
+    max_new_tokens: int = NEW_TOKENS,
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
@@ -155,7 +170,6 @@ def sweep_directions(
         ArchitectureError: the model has no head.
     """
     measure, name = _measure(score, positive_words, negative_words)
-    check_examples(prompts, "prompts")
     if operation == "clamp":
         raise InputError("clamp acts at coefficient 0 too, so that there is no unsteered column")
     found, strengths = by_layer(directions), _strengths(coefficients)
@@ -177,7 +191,7 @@ def sweep_directions(
         "top_p": top_p,
     }
     sampling |= {"top_k": top_k, "seed": seed, "batch_size": batch_size}
-    rows = [encode(tokenizer, prompt) for prompt in prompts]
+    rows = _rows(architecture, tokenizer, prompts, max_new_tokens)
 
     def run() -> list[Continuation]:
         return sample_continuations(architecture, tokenizer, rows, n_samples, **sampling)

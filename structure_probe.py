@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -84,12 +84,16 @@ class ModelStructure:
     blocks: tuple[BlockStructure, ...]
     final_norm: str | None
     """Path of the final norm in the body; None where there is none (OPT-350m)."""
+    width: int
+    """Entries of the residual stream per token, of all its streams together."""
     stream: StreamShape = PLAIN
     """How blocks hand the residual stream on."""
     needs_every_block: bool = False
     """Whether blocks hand each other more than that: routing, or keys and values that later blocks
     use again.
     """
+    reads_earlier: bool = False
+    """Whether blocks are given what earlier blocks were given or gave, beside the stream."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,23 +105,26 @@ class _Seen:
     entered: Tensor | None
     left: Tensor | None
     order: int
+    """When it left, on the probe's clock."""
     routing: Routing | None = None
 
 
 class _BlockTrace:
     """What the probe saw in one block: its input, its output, its modules in order of leaving."""
 
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
+    def __init__(self, block: nn.Module, clock: Iterator[int]) -> None:
+        self.block, self.clock = block, clock
         self.pre: Tensor
         self.post: Tensor
         self.outputs = 0
+        self.names: Sequence[str] = ()
+        """Names of the entries of a named tuple that it returned."""
         self.handed: list[Any] = []
         """What it was called with beside the hidden state."""
         self.extras: list[Tensor] = []
         """What it returned beside the hidden state."""
-        self.grown: list[tuple[dict[Any, Any], int]] = []
-        """Dictionaries it was called with, and their sizes then."""
+        self.grown: list[tuple[Mapping[Any, Any], int]] = []
+        """Mappings it was called with, and their sizes then."""
         self.runs = 0
         self.seen: list[_Seen] = []
         """In order of leaving."""
@@ -149,14 +156,15 @@ def probe_structure(
     """
     with ExitStack() as stack:
         evaluate(stack, model)
-        traces = [_trace_block(stack, block) for block in blocks]
-        around = _BlockTrace(body)
+        clock = itertools.count()
+        traces = [_trace_block(stack, block, clock) for block in blocks]
+        around = _BlockTrace(body, clock)
         inner = {id(module) for block in blocks for module in block.modules()}
         for name, child in body.named_modules():
             if name and id(child) not in inner:
                 _trace_module(stack, around, name, child)
         running = _running_module(stack, blocks)
-        finder = stack.enter_context(AttentionFinder(PROBE_LENGTH, running))
+        finder = stack.enter_context(AttentionFinder(PROBE_LENGTH, running, clock))
         body(**inputs, use_cache=False)
     _require_blocks(body, traces)
     for trace in traces:
@@ -167,24 +175,38 @@ def probe_structure(
     scales = [1.0] if multiplier in (None, 1.0) else [1.0, float(multiplier)]
     last = traces[-1].post
     following = [*(trace.pre for trace in traces[1:]), last]
+    earlier = _read_earlier(traces)
     found = tuple(
         replace(
             _describe_block(trace, config, scales, stream),
-            hands_on=_same(trace.post, after),
+            hands_on=_same(trace.post, after) and not earlier,
         )
         for trace, after in zip(traces, following, strict=True)
     )
-    return ModelStructure(found, _find_final_norm(around, last), stream, _hand_more(traces))
+    more = earlier or _hand_more(traces)
+    width = stream.show(last).shape[-1]
+    return ModelStructure(found, _find_final_norm(around, last), width, stream, more, earlier)
 
 
 def _require_blocks(body: nn.Module, traces: Sequence[_BlockTrace]) -> None:
     """Refuse what is no chain of blocks, each run once, handing on a residual stream."""
     name = type(body).__name__
     runs = {trace.runs for trace in traces}
+    if 0 in runs:
+        idle = [i for i, trace in enumerate(traces) if trace.runs == 0]
+        raise ArchitectureError(
+            f"{name} does not run its blocks {idle} on a text (they may read images); "
+            "this toolkit needs blocks that all run"
+        )
     if runs != {1}:
         raise ArchitectureError(
             f"{name} runs its blocks {', '.join(map(str, sorted(runs)))} times in a forward pass; "
             "this toolkit needs blocks that run once each (no recurrent depth)"
+        )
+    if traces[0].names:
+        raise ArchitectureError(
+            f"{name}'s blocks return {' and '.join(traces[0].names[:2])} beside each other "
+            "(reversible blocks), not one residual stream"
         )
     shapes = {tuple(trace.post.shape) for trace in traces}
     linked = [_same(one.post, other.pre) for one, other in itertools.pairwise(traces)]
@@ -209,6 +231,24 @@ def _find_stream(hidden: Tensor) -> StreamShape:
     )
 
 
+def _read_earlier(traces: Sequence[_BlockTrace]) -> bool:
+    """Whether a block is given the streams of earlier blocks, all or some of them, as well."""
+    known: list[Tensor] = []
+    constant = [each for each in traces[0].handed if isinstance(each, Tensor)]
+    for trace in traces:
+        size, width = trace.pre.numel(), trace.pre.shape[-1]
+        for given in trace.handed:
+            if not isinstance(given, Tensor) or any(_same(given, each) for each in constant):
+                continue  # given to all blocks alike (the embedding, in Zamba)
+            if given.numel() and given.shape[-1:] == (width,):
+                parts = given.reshape(PROBE_LENGTH, -1, width).unbind(1)
+                whole = given.numel() % size == 0
+                if whole and any(_same(part, one) for part in parts for one in known):
+                    return True
+        known += [trace.pre, trace.post]
+    return False
+
+
 def _hand_more(traces: Sequence[_BlockTrace]) -> bool:
     """Whether a block is given what another block made, beside the residual stream."""
     made: set[int] = set()
@@ -227,8 +267,8 @@ def _find_final_norm(around: _BlockTrace, last: Tensor) -> str | None:
     return None
 
 
-def _trace_block(stack: ExitStack, block: nn.Module) -> _BlockTrace:
-    trace = _BlockTrace(block)
+def _trace_block(stack: ExitStack, block: nn.Module, clock: Iterator[int]) -> _BlockTrace:
+    trace = _BlockTrace(block, clock)
     for path, module in block.named_modules():
         _trace_module(stack, trace, path, module)
     _trace_hand_over(stack, trace)
@@ -243,7 +283,7 @@ def _trace_hand_over(stack: ExitStack, trace: _BlockTrace) -> None:
         given = [*args[1:], *kwargs.values()]
         nested = [each for value in given if isinstance(value, tuple | list) for each in value]
         trace.handed = [*given, *nested]
-        trace.grown = [(value, len(value)) for value in given if isinstance(value, dict)]
+        trace.grown = [(value, len(value)) for value in given if isinstance(value, Mapping)]
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
         extras = output[1:] if isinstance(output, tuple | list) else ()
@@ -273,10 +313,11 @@ def _trace_module(stack: ExitStack, trace: _BlockTrace, path: str, module: nn.Mo
         entered = under_way.pop()
         if path:
             routing = find_routing(output)
-            trace.seen.append(_Seen(path, module, entered, hidden, len(trace.seen), routing))
+            trace.seen.append(_Seen(path, module, entered, hidden, next(trace.clock), routing))
         elif hidden is not None:
             trace.post = hidden
             trace.outputs = len(output) if isinstance(output, tuple | list) else 0
+            trace.names = getattr(output, "_fields", ())
 
     stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
     stack.callback(module.register_forward_hook(after).remove)
@@ -418,10 +459,15 @@ def _is_flat(hidden: Tensor | None) -> bool:
 
 
 def _is_matrix(module: nn.Module) -> bool:
+    """Whether a module is one matrix, or an adapter around one (LoRA), which has a weight too."""
     weight = getattr(module, "weight", None)
-    return (
-        isinstance(weight, Tensor) and weight.dim() == 2 and next(module.children(), None) is None
-    )
+    return isinstance(weight, Tensor) and weight.dim() == 2
+
+
+def _outermost(path: str, matrices: Sequence[_Seen]) -> str:
+    """The adapter around a matrix, if there is one."""
+    around = [s.path for s in matrices if f"{path}.".startswith(f"{s.path}.")]
+    return min(around, key=len)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -442,13 +488,14 @@ def _find_out_proj(
     """
     if attention is None or call is None:
         return None
-    for seen in trace.once:
-        if _is_matrix(seen.module) and _same(seen.entered, call.output):
-            return seen.path
-    inside = [s for s in trace.once if s.path.startswith(f"{attention}.") and _is_matrix(s.module)]
+    matrices = [s for s in trace.once if s.order > call.order and _is_matrix(s.module)]
+    for seen in matrices:
+        if _same(seen.entered, call.output):
+            return _outermost(seen.path, matrices)
+    inside = [s for s in matrices if s.path.startswith(f"{attention}.")]
     if not inside or inside[-1].entered is None or inside[-1].entered.shape[-1] % call.query_heads:
         return None
-    return inside[-1].path
+    return _outermost(inside[-1].path, matrices)
 
 
 def _find_down_proj(

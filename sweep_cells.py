@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from base_run import BaseRun
+from edited_runs import BEHIND_MIXING
 from forward_pass import InputError, Site, SiteError
 from growing_pass import Edit
 from intervention_handler import by_token, token_shape
@@ -30,12 +31,6 @@ DEFAULT_AXES: dict[str, tuple[str, ...]] = dict.fromkeys(STREAM_SITES, ("layer",
 DEFAULT_AXES |= dict.fromkeys(HEAD_SITES, ("layer", "head"))
 DEFAULT_AXES |= {"mlp_neurons": ("layer", "neuron")}
 """Axes of a sweep over a site, unless others are asked for."""
-
-BEHIND_MIXING = frozenset(
-    {"resid_mid", "resid_post", "attn_out", "mlp_out", "head_out", "mlp_neurons", "query",
-     "attn_pattern"}
-)  # fmt: skip
-"""Sites of the last block through which a token reaches no other token's logits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,8 +159,9 @@ class CellPlanner:
         base: BaseRun,
         source: BaseRun,
         row: int,
+        local_end: bool,
     ) -> None:
-        self.options, self.pair, self.base = options, pair, base
+        self.options, self.pair, self.base, self.local_end = options, pair, base, local_end
         self.there: dict[int, Tensor] = {}
         self.differs: dict[int, Tensor] = {}
         index = torch.tensor([pair.mapping[p] for p in places])
@@ -195,7 +191,7 @@ class CellPlanner:
         positions = [int(self.places[column]) for column in chosen]
         site = Site(self.options.site, cell.layer)
         is_last = cell.layer == len(self.base.streams) - 2
-        if is_last and site.name in BEHIND_MIXING:
+        if is_last and self.local_end and site.name in BEHIND_MIXING:
             kept = [i for i, position in enumerate(positions) if position in self.base.read]
             chosen, positions = [chosen[i] for i in kept], [positions[i] for i in kept]
         if not chosen:

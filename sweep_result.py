@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from array_files import open_arrays, write_arrays
+from array_files import built, open_arrays, write_arrays
 from forward_pass import InputError
 
 if TYPE_CHECKING:
@@ -183,7 +183,8 @@ class SweepResult:
             header["labels"] = tuple(tuple(labels) for labels in header["labels"])
             tables: Any = {n: stored.read(n).numpy() for n in _TABLES if n in stored.specs}
             clean, corrupted = stored.read("runs").tolist()
-        return cls(**header, clean=clean, corrupted=corrupted, **tables)
+            runs = {"clean": clean, "corrupted": corrupted}
+            return built(cls, {**header, **runs, **tables})
 
 
 _TABLES = ("values", "stderr", "low", "high")

@@ -79,12 +79,12 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[in
     return ids
 
 
-def _refuse_surrogates(text: str) -> None:
+def _refuse_surrogates(text: str, what: str = "the prompt") -> None:
     try:
         text.encode()
     except UnicodeEncodeError as err:
         raise InputError(
-            f"the prompt is not valid Unicode: {text[err.start]!r} at character {err.start} "
+            f"{what} is not valid Unicode: {text[err.start]!r} at character {err.start} "
             "is half of a surrogate pair"
         ) from err
 
@@ -147,8 +147,12 @@ def check_ids(ids: Sequence[int], config: Any, extra: int = 0) -> None:
         more = f" and {extra} to generate" if extra else ""
         raise InputError(
             f"the prompt has {len(ids)} tokens{more}; the model's context holds {context}: "
-            "shorten it"
+            f"shorten it{_how_to_cut(context - extra)} (nothing is cut off by itself)"
         )
+
+
+def _how_to_cut(room: int) -> str:
+    return f", for example to its last {room} tokens, as token ids" if room > 0 else ""
 
 
 def context_length(config: Any) -> int | None:
@@ -174,6 +178,7 @@ def token_id(tokenizer: PreTrainedTokenizerBase | None, token: str | int, config
         return number
     if tokenizer is None:
         raise InputError("a token given as text needs a tokenizer; give its id instead")
+    _refuse_surrogates(token, "the token")
     ids, spaced = (
         tokenizer(written, add_special_tokens=False)["input_ids"]
         for written in (token, f" {token}")
@@ -202,6 +207,8 @@ def token_strings(tokenizer: PreTrainedTokenizerBase | None, ids: Iterable[int])
 
 def _token_string(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """What the token adds to a text that already holds a letter."""
+    if not 0 <= token < 2**32:  # tokenizers count in 32 bits
+        return f"<{token}>"
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
     alone, both, by_itself = (
         str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
@@ -230,7 +237,7 @@ def resolve_positions(positions: Positions, length: int) -> list[int]:
         return [length - 1]
     try:
         if isinstance(positions, slice):
-            chosen = list(range(length)[positions])
+            chosen = _slice(positions, length)
         else:
             chosen = _in_range(_as_integers(positions), length)
     except TypeError:
@@ -240,6 +247,13 @@ def resolve_positions(positions: Positions, length: int) -> list[int]:
     if not chosen:
         raise InputError(f"positions={positions!r} selects none of the {length} tokens")
     return chosen
+
+
+def _slice(positions: slice, length: int) -> list[int]:
+    try:
+        return list(range(length)[positions])
+    except ValueError as error:  # a step of 0
+        raise InputError(f"positions={positions!r} selects nothing: {error}") from None
 
 
 def _as_integers(positions: Any) -> list[int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from array_files import open_arrays, write_arrays
+from array_files import built, open_arrays, write_arrays
 from forward_pass import InputError
 
 if TYPE_CHECKING:
@@ -184,4 +184,4 @@ class CausalTrace:
             tables: dict[str, Any] = {
                 name: stored.read(name).numpy() if name in stored.specs else None for name in TABLES
             }
-        return cls(**header, **tables)
+            return built(cls, {**header, **tables})

@@ -64,7 +64,7 @@ def test_the_report_reads_as_a_table():
     assert "resume             passed         0.0e+00" in str(report)
     assert "heads              not applicable" in str(report)
     assert "mlp_out: it has a single writer" in str(report)
-    assert repr(report) == "ArchitectureReport(MambaForCausalLM, 3 layers, 7 proofs: passed)"
+    assert repr(report) == "ArchitectureReport(MambaForCausalLM, 3 layers, 8 proofs: passed)"
     failed = ArchitectureReport("X", 1, (Proof("parts", 2.0, 1.0),), ())
     assert repr(failed).endswith("1 FAILED)")
     assert not failed.passed

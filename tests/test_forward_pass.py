@@ -672,6 +672,8 @@ def test_hidden_states_in_tuples_and_keywords():
 
 def test_a_site_that_is_never_reached_is_an_error():
     class Never:
+        module = nn.Linear(2, 2)
+
         def attach(self, stack, hook, last=False):
             pass
 
@@ -682,16 +684,20 @@ def test_a_site_that_is_never_reached_is_an_error():
 
 
 def test_attached_removes_what_it_attached_when_a_later_tap_fails():
-    module = nn.Linear(2, 2)
+    linear = nn.Linear(2, 2)
 
     class Good:
+        module = linear
+
         def attach(self, stack, hook, last=False):
-            stack.callback(module.register_forward_hook(hook).remove)
+            stack.callback(linear.register_forward_hook(hook).remove)
 
     class Bad:
+        module = linear
+
         def attach(self, stack, hook, last=False):
             raise SiteError("no")
 
     with pytest.raises(SiteError), attached([(Good(), print), (Bad(), print)]):
         pass
-    assert not module._forward_hooks
+    assert not linear._forward_hooks

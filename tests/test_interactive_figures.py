@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -176,6 +177,92 @@ def test_showing_is_asked_for(monkeypatch):
     assert shown == []
     twins.finish_interactive(figure, show=True)
     assert shown == [figure]
+
+
+# --- Hostile text --------------------------------------------------------------------------------
+
+MARKUP = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</script><script>alert(2)</script>",
+    "</SCRIPT ><svg onload=alert(3)>",
+    "<!--<script>",
+    "]]>",
+    "' onclick='alert(4)",
+    "&lt;b&gt;&amp;",
+    "`${alert(5)}`",
+    "a\u2028b\u2029c",
+    "\ud800 and \udfff",
+    "%{x} $y$ \\(z\\)",
+    "<a href='javascript:alert(6)'>x</a>",
+    "\x00\x1b[31m\u202e",
+)
+PLAIN = tuple(f"word{i}" for i in range(len(MARKUP)))
+
+
+def every_figure(tokens):
+    """One of each kind, with text from elsewhere wherever text can go."""
+    result = lens_result(tokens, 3)
+    result.top_tokens[:] = np.resize(np.array(tokens, dtype=object), result.top_tokens.shape)
+    points = np.random.default_rng(0).normal(size=(len(tokens), 3))
+    named = {"title": "".join(tokens[:9])}
+    table = np.eye(len(tokens))
+    metrics = {**result.metrics, "input_tokens": tokens, "row_labels": tokens[:4]}
+    more = {"axis_labels": tokens[:2], "note": tokens[1]}
+    return {
+        "heatmap": twins.heatmap(table, tokens, tokens, value_label=tokens[0], x_name=tokens[1],
+                                 y_name=tokens[2], **named),
+        "cells": twins.heatmap(table[:2], tokens, tokens[:2],
+                               np.array([tokens, tokens], dtype=object)),
+        "lens": twins.lens_heatmap(result),
+        "panels": twins.metric_panels(metrics, ["kl_divergence", "entropy"]),
+        "refinement": twins.refinement(result.top_tokens[:, 1], result.top_probs[:, 1],
+                                       tokens[:4], **named),
+        "scatter": twins.scatter(points[:, :2], tokens, list(tokens), **more, **named),
+        "space": twins.scatter(points, tokens, axis_labels=tokens[:3], **named),
+        "comparison": twins.comparison([points[:, :2]] * 2, tokens[:2], tokens),
+        "paths": twins.paths(np.stack([points[:, :2]] * 4), tokens, tokens[:4], **more, **named),
+    }  # fmt: skip
+
+
+class Elements(HTMLParser):
+    """The tags of a page, with their attributes' names, as a browser would see them."""
+
+    def __init__(self, page):
+        super().__init__(convert_charrefs=True)
+        self.found = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, *sorted(name for name, _ in attrs)))
+
+
+def strings_of(value):
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from (text for item in value.values() for text in strings_of(item))
+    elif isinstance(value, list | tuple | np.ndarray):
+        yield from (text for item in value for text in strings_of(item))
+
+
+OURS = re.compile(r"<br>|</?sub>|</?b>")
+
+
+@pytest.mark.parametrize("kind", every_figure(PLAIN))
+def test_a_hostile_token_is_text_in_every_page(tmp_path, kind):
+    plain, hostile = (every_figure(tokens)[kind] for tokens in (PLAIN, MARKUP))
+    for text in strings_of(hostile.to_plotly_json()):
+        assert not re.search(r"[<>]|\$", OURS.sub("", text)), text
+    pages = []
+    for figure in (plain, hostile):
+        twins.finish_interactive(figure, tmp_path / "page.html")
+        text = (tmp_path / "page.html").read_text(encoding="utf-8")
+        pages.append(re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "", text))
+    assert Elements(pages[1]).found == Elements(pages[0]).found
+    drawn = pages[1][pages[1].rindex("Plotly.newPlot(") :]
+    assert not re.search(r"<script|</script>(?!\s*</div>)|<img|<svg|\u2028|\u2029", drawn)
 
 
 # --- In a browser --------------------------------------------------------------------------------

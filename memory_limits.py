@@ -1,0 +1,178 @@
+"""What happens when memory does not suffice: batches are halved, and the last error says why.
+
+    in_batches           run batches, halved until they fit; the results are those of whole batches
+    explained            an error of any allocator, out of memory, as one that says what was needed
+    is_out_of_memory     whether an error is one of these
+    free_bytes           what a device has left
+    in_words             a number of bytes for a person
+
+torch raises `torch.OutOfMemoryError` where CUDA has no memory left, a plain RuntimeError where the
+CPU's allocator, MPS or cuBLAS has none, and NumPy a MemoryError.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MESSAGES = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+)
+"""What a RuntimeError says, in small letters, that is about memory."""
+
+
+class SmallerBatchWarning(UserWarning):
+    """A batch did not fit into memory; smaller ones give the same results."""
+
+
+class NotEnoughMemoryError(torch.OutOfMemoryError, MemoryError):
+    """What cannot be made any smaller does not fit into memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocator has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(message in text for message in MESSAGES)
+
+
+def in_batches(
+    batches: Iterable[Sequence[Item]],
+    run: Callable[[Sequence[Item]], Result],
+    *,
+    unit: str,
+    cost: Callable[[Sequence[Item]], int] = len,
+    needs: Callable[[Sequence[Item]], str] | None = None,
+) -> Iterator[tuple[Sequence[Item], Result]]:
+    """Run batch after batch; one that does not fit is halved, and later ones are made as small.
+
+    Args:
+        batches: What to run.
+        run: Runs a batch. It may be called again with a part of what it failed on.
+        unit: What a batch consists of, for messages (``"prompts"``).
+        cost: What the memory of a batch grows with; only batches of lower cost are tried later.
+        needs: What a batch needs, in words, for the error.
+
+    Yields:
+        Each batch that was run, in order, and its result.
+
+    Raises:
+        NotEnoughMemoryError: a batch of one does not fit.
+    """
+    limit: float = float("inf")
+    for whole in batches:
+        pending = [whole]
+        while pending:
+            batch = pending.pop()
+            half = len(batch) // 2
+            if half and cost(batch) > limit:
+                pending += [batch[half:], batch[:half]]
+                continue
+            done = _attempt(run, batch)
+            if not isinstance(done, _Failed):
+                yield batch, done
+                continue
+            _give_back()
+            if not half:
+                told = "" if needs is None else needs(batch)
+                message = _advice(f"one of the {unit} alone", told)
+                raise NotEnoughMemoryError(message) from done.error
+            limit = cost(batch[:half])
+            warnings.warn(
+                f"{len(batch)} {unit} at a time do not fit into memory: going on with {half}",
+                SmallerBatchWarning,
+                stacklevel=3,
+            )
+            pending += [batch[half:], batch[:half]]
+
+
+class _Failed:
+    """An error without the frames that hold what it was raised over."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error.with_traceback(None)
+
+
+def _attempt(run: Callable[[Sequence[Item]], Result], batch: Sequence[Item]) -> Result | _Failed:
+    try:
+        return run(batch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _Failed(error)
+
+
+def _give_back() -> None:
+    """Let go of what a failed pass left behind."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _advice(what: str, needed: str) -> str:
+    return (
+        f"{what} does not fit into memory{needed and ': '}{needed}. Shorten the text, ask for "
+        "fewer layers, sites or positions, load the model in a smaller dtype, or take a device "
+        "with more memory"
+    )
+
+
+@contextmanager
+def explained(what: str, needs: Callable[[], str] | None = None) -> Iterator[None]:
+    """Say of an error, out of memory, what did not fit and what it needs.
+
+    Args:
+        what: The subject of the sentence (``"the unmodified run of 40 prompts"``).
+        needs: What that needs, in words.
+
+    Raises:
+        NotEnoughMemoryError: instead of any allocator's own error.
+        RuntimeError: as it came, where it is about something else.
+        MemoryError: as it came, where it says already what did not fit.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or isinstance(error, NotEnoughMemoryError):
+            raise
+        message = _advice(what, "" if needs is None else needs())
+        raise NotEnoughMemoryError(message) from error.with_traceback(None)
+
+
+# --- How much there is ----------------------------------------------------------------------------
+
+
+def free_bytes(device: torch.device) -> float:
+    """What a device has left, with what torch holds of it unused."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    import os
+
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return float(2**31)
+
+
+def in_words(nbytes: float) -> str:
+    """A number of bytes for a person, in steps of 1024: ``"1.5 GiB"``."""
+    size = float(nbytes)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"

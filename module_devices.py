@@ -1,0 +1,49 @@
+"""Where a module computes, also while its weights lie elsewhere.
+
+With ``device_map`` accelerate keeps offloaded weights on the meta device, which holds no values,
+and fetches them for each call. Whoever reads ``weight.device`` then gets a device on which nothing
+can be put. Accelerate's hook on the module says where the call takes place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def compute_device(module: nn.Module) -> torch.device:
+    """The device on which a module computes: of its first part that holds weights.
+
+    A module without values (built on the meta device) computes there; one without any tensor on
+    the CPU.
+    """
+    placed = [device for part in module.modules() for device in _devices(part)]
+    real = (device for device in placed if device.type != "meta")
+    return next(real, placed[0] if placed else torch.device("cpu"))
+
+
+def compute_devices(module: nn.Module) -> set[torch.device]:
+    """Every device on which some part of a module computes."""
+    return {device for part in module.modules() for device in _devices(part)}
+
+
+def _devices(part: nn.Module) -> Iterator[torch.device]:
+    """Where one module's own weights are used."""
+    tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+    hook = getattr(part, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        if tensors and (named := getattr(each, "execution_device", None)) is not None:
+            yield _as_device(named)
+            return
+    yield from (tensor.device for tensor in tensors)
+
+
+def _as_device(named: Any) -> torch.device:
+    """A device as accelerate writes it; a bare number is an accelerator's."""
+    if not isinstance(named, int):
+        return torch.device(named)
+    accelerator = torch.accelerator.current_accelerator()
+    return torch.device("cuda" if accelerator is None else accelerator.type, named)

@@ -1,0 +1,169 @@
+"""One small file of every kind that the toolkit reads, and who reads it.
+
+SAVED            name -> Saved: makes the object, writes and reads it
+data_of(name)    the bytes of such a file, made once
+damaged(data, rng)  one way to damage a file
+"""
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import families
+from ablation import ablate
+from activation_extraction import ActivationExtractor
+from array_formats import FORMATS
+from causal_tracing import trace_subject
+from control_vectors import export_gguf, import_gguf
+from feature_attribution import FeatureAttribution, attribute_features
+from lens_result import LensResult
+from logit_lens import LogitLens
+from node_effects import AblationEffects, PathEffects
+from patching_sweep import patching_sweep
+from path_patching import patch_paths
+from record_files import load_activations, save_activations
+from steering_direction import Direction, load_directions, save_directions
+from steering_effects import SteeringSweep
+from steering_sweep import sweep_directions
+from sweep_result import SweepResult
+from trace_result import CausalTrace
+from tuned_lens import TunedLens
+
+CLEAN, CORRUPTED = [5, 9, 12, 7], [5, 10, 12, 7]
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A kind of file."""
+
+    make: Callable[[], Any]
+    save: Callable[[Any, Path], object]
+    load: Callable[[Path], Any]
+
+
+@functools.cache
+def model():
+    return families.build("gpt2")
+
+
+@functools.cache
+def _records():
+    extractor = ActivationExtractor(model(), families.tiny_tokenizer())
+    texts = ["a cat sat", "the mat"]
+    options = {"layer_indices": [0, 2], "include_attention": True, "return_logits": True}
+    records = extractor.extract_batch_activations(texts, show_progress=False, **options)
+    records[0].metadata |= {"tuple": (1, 2), "nan": float("nan"), "bytes": b"\x00\xff"}
+    return records
+
+
+def _direction(layer=1):
+    return Direction(
+        torch.linspace(-1, 1, families.HIDDEN), layer, label="a \u2028 b", model="gpt2"
+    )
+
+
+def _steering():
+    texts = {"score": len, "n_samples": 2, "max_new_tokens": 2, "show_progress": False}
+    return sweep_directions(model(), None, [CLEAN], _direction(), [1.0], **texts)
+
+
+def _options(**more):
+    return {"answer": 20, "foil": 30, "show_progress": False, **more}
+
+
+def _by_save(make, kind):
+    return Saved(make, lambda found, path: found.save(path), kind.load)
+
+
+def _of_records(single, format):
+    return Saved(
+        lambda: _records()[0] if single else _records(),
+        lambda found, path: save_activations(found, path, format),
+        load_activations,
+    )
+
+
+SAVED = {
+    **{f"record.{f}": _of_records(True, f) for f in FORMATS},
+    **{f"records.{f}": _of_records(False, f) for f in FORMATS},
+    "lens": _by_save(
+        lambda: LogitLens(model(), tokenizer=families.tiny_tokenizer()).run("a cat sat", 2),
+        LensResult,
+    ),
+    "tuned lens": _by_save(
+        lambda: TunedLens(steps=1, context=4).fit(
+            LogitLens(model()).architecture, None, [CLEAN], show_progress=False
+        ),
+        TunedLens,
+    ),
+    "sweep": _by_save(
+        lambda: patching_sweep(model(), None, CLEAN, CORRUPTED, **_options()), SweepResult
+    ),
+    "trace": _by_save(
+        lambda: trace_subject(model(), None, CLEAN, 1, answer=20, samples=2, show_progress=False),
+        CausalTrace,
+    ),
+    "ablation": _by_save(
+        lambda: ablate(
+            model(), None, CLEAN, "all", "zero", metric="log_prob", answer=20, show_progress=False
+        ),
+        AblationEffects,
+    ),
+    "paths": _by_save(
+        lambda: patch_paths(model(), None, CLEAN, CORRUPTED, **_options()), PathEffects
+    ),
+    "features": _by_save(
+        lambda: attribute_features(model(), None, CLEAN, 1, answer=20), FeatureAttribution
+    ),
+    "steering": _by_save(_steering, SteeringSweep),
+    "direction": _by_save(_direction, Direction),
+    "directions": Saved(
+        lambda: {n: _direction(n) for n in (0, 2)}, save_directions, load_directions
+    ),
+}
+"""Every kind with checksums. `GGUF` has none of its own, and needs a package."""
+
+GGUF = Saved(_direction, export_gguf, import_gguf)
+
+
+def bytes_of(saved, found):
+    """What a kind writes of an object."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved.save(found, Path(folder) / "x")
+        return (Path(folder) / "x").read_bytes()
+
+
+@functools.cache
+def data_of(name):
+    return bytes_of(SAVED[name], SAVED[name].make())
+
+
+def damaged(data, rng):
+    """One way to damage a file: cut, flip, overwrite, delete, insert, repeat, exchange."""
+    data = bytearray(data)
+    at, length = rng.randrange(len(data)), rng.choice([1, 4, 8, 40, 300])
+    kind = rng.randrange(8)
+    if kind == 0:
+        del data[at:]
+    elif kind == 1:
+        data[at] ^= 1 << rng.randrange(8)
+    elif kind == 2:
+        data[at] = rng.randrange(256)
+    elif kind == 3:
+        del data[at : at + length]
+    elif kind == 4:
+        data[at:at] = rng.randbytes(length)
+    elif kind == 5:
+        data[at : at + 8] = rng.choice([bytes(8), b"\xff" * 8, (2**31).to_bytes(8, "little")])
+    elif kind == 6:
+        data[at:at] = data[at : at + length]
+    else:
+        other = rng.randrange(len(data))
+        part, twin = data[at : at + length], data[other : other + length]
+        data[at : at + length], data[other : other + length] = twin, part
+    return bytes(data)
