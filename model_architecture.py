@@ -197,7 +197,7 @@ class Architecture:
     @property
     def input_device(self) -> torch.device:
         """Where token ids must lie: where the embedding computes."""
-        return compute_device(cast(nn.Module, self.model.get_input_embeddings()))
+        return compute_device(self.model.get_input_embeddings())
 
     @property
     def stream_device(self) -> torch.device:

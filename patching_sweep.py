@@ -105,11 +105,11 @@ def patching_sweep(
     """
     architecture = model if isinstance(model, Architecture) else Architecture(model)
     architecture.require_head("patching")
-    options = make_options(
-        architecture, site, axes, direction, metric, layers, heads, neurons, normalize
-    )
     pairs = make_pairs(
         architecture, tokenizer, clean_prompt, corrupted_prompt, direction, align, answer, foil
+    )
+    options = make_options(
+        architecture, site, axes, direction, metric, layers, heads, neurons, normalize
     )
     places = pair_positions(pairs, positions, "position" in options.axes)
     cells = list_cells(options, places)

@@ -362,7 +362,9 @@ def test_too_little_memory_splits_a_batch(monkeypatch):
         return real(arch, base, joining, hooks, prompts, *rest)
 
     monkeypatch.setattr(edited_runs, "resume_growing", small)
-    with pytest.warns(SmallerBatchWarning, match=r"edited runs at a time do not fit .*going on with"):
+    with pytest.warns(
+        SmallerBatchWarning, match=r"edited runs at a time do not fit .*going on with"
+    ):
         found = run_edited(architecture, base, runs, keep_logits)
     close(found, expected)
     assert max(sizes) > 2
