@@ -188,14 +188,14 @@ def attribute_features(
     arch = Architecture(model)
     arch.require_head("feature attribution")
     where = Site(site, arch.resolve(layer_name))
+    ids = encode(tokenizer, prompt)
+    check_ids(ids, arch.config)
     width = _width(arch, where)
     if isinstance(metric, str) and metric in ("kl", "distance"):
         raise InputError(
             f"metric {metric!r} compares two prompts; use 'logit', 'log_prob' or 'prob'"
         )
     chosen = _features(features, width)
-    ids = encode(tokenizer, prompt)
-    check_ids(ids, arch.config)
     place, *others = resolve_positions(position, len(ids))
     if others:
         raise InputError(f"features are those of one token; came position={position!r}")

@@ -225,6 +225,17 @@ def steer_generation(
         LayerError: there is no such layer.
         ArchitectureError: the model has no head.
     """
+    ids = encode(tokenizer, prompt)
+    if max_new_tokens is None:
+        max_new_tokens = max_length - len(ids)
+        if max_new_tokens < 1:
+            raise InputError(
+                f"max_length={max_length} counts the prompt's {len(ids)} tokens and leaves none to "
+                "generate: give max_new_tokens="
+            )
+    check_ids(ids, Architecture(model).config, extra=max_new_tokens)
+    refuse_chunks(generation_kwargs)
+    _refuse_second_prompt(positions, generation_kwargs)
     handler = steer(
         model,
         steering_vector,
@@ -234,16 +245,6 @@ def steer_generation(
         operation=operation,
         keep_norm=keep_norm,
     )
-    ids = encode(tokenizer, prompt)
-    if max_new_tokens is None:
-        max_new_tokens = max_length - len(ids)
-        if max_new_tokens < 1:
-            raise InputError(
-                f"max_length={max_length} counts the prompt's {len(ids)} tokens and leaves none to "
-                "generate: give max_new_tokens="
-            )
-    refuse_chunks(generation_kwargs)
-    _refuse_second_prompt(positions, generation_kwargs)
     compiled = {"disable_compile": True}  # compiled code would not run the hooks
     with handler:
         return generate_text(

@@ -4,6 +4,7 @@ Compared with Hugging Face's eager weights, with projections by hand, and with p
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -231,7 +232,7 @@ def test_probing_one_model_does_not_suspend_the_hooks_on_another():
     architecture = Architecture(watched)
     with edit(architecture, {Site("value", 1): torch.zeros_like}):
         expected = record(architecture, {"input_ids": IDS}, [], logits=True).logits
-        with AttentionFinder(5, lambda: None):
+        with AttentionFinder(5, lambda: None, itertools.count()):
             assert torch.equal(
                 record(architecture, {"input_ids": IDS}, [], logits=True).logits, expected
             )
