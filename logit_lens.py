@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 CHUNK_VALUES = 2**24
 """Logits made at once: positions × vocabulary of one layer stay below this (64 MiB in float32)."""
 
+GROUP_VALUES = 2**20
+"""On a CPU rows go through the head together up to this many logits: what is made stays in its
+cache. On a GPU they do up to `CHUNK_VALUES`."""
+
 
 class LogitLens:
     """A logit lens on one model.
@@ -253,12 +257,10 @@ class LogitLens:
             reference = None if final is None else final(chunk)
             as_float = None if reference is None else reference.float()
             meter.start_chunk(chunk, as_float, torch.tensor(following[chunk]))
-            for index, (row, stream) in enumerate(hidden.items()):
-                if own := reference is not None and row == final_row:
-                    logits = reference
-                else:
-                    logits = self.row_logits(stream[chunk], through[row], apply_ln)
-                meter.add(index, logits.float(), is_reference=own)
+            known = {} if reference is None or final_row is None else {final_row: reference}
+            rows = {row: (stream[chunk], through[row]) for row, stream in hidden.items()}
+            for index, (row, logits) in enumerate(self._rows_logits(rows, known, apply_ln)):
+                meter.add(index, logits.float(), is_reference=row in known)
                 if each is not None:
                     each(index, chunk, logits)
         return self._result(text, ids, positions, tuple(hidden), site, meter)
@@ -287,11 +289,42 @@ class LogitLens:
             metrics=meter.metrics,
         )
 
+    def _rows_logits(
+        self,
+        rows: Mapping[str, tuple[Tensor, str | None]],
+        known: Mapping[str, Tensor],
+        apply_ln: bool,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Each row's logits in turn; as many rows as fit go through the head in one call.
+
+        Args:
+            rows: For each row its stream ``[position, d_model]`` and what translates it.
+            known: The logits of rows that are had already.
+            apply_ln: Apply the final norm.
+        """
+        positions = len(next(iter(rows.values()))[0])
+        small = self.architecture.stream_device.type == "cpu"
+        budget = GROUP_VALUES if small else CHUNK_VALUES
+        size = max(1, budget // (positions * self.architecture.config.vocab_size))
+        missing = [row for row in rows if row not in known]
+        made: dict[str, Tensor] = dict(known)
+        for row in rows:
+            if row not in made:
+                group, missing = missing[:size], missing[size:]
+                streams = [self._translated(*rows[each]) for each in group]
+                device = self.architecture.stream_device
+                together = torch.stack([stream.to(device) for stream in streams])
+                logits = self.apply_lens_to_hidden_state(together, apply_ln)
+                made.update(zip(group, logits, strict=True))
+            yield row, made.pop(row)
+
     def row_logits(self, stream: Tensor, row: str | None, apply_ln: bool = True) -> Tensor:
         """Logits of a stream, if the lens is tuned through the row's translator (None: without)."""
-        if self.tuned is not None and row is not None:
-            stream = self.tuned.translate(row, stream)
-        return self.apply_lens_to_hidden_state(stream, apply_ln)
+        return self.apply_lens_to_hidden_state(self._translated(stream, row), apply_ln)
+
+    def _translated(self, stream: Tensor, row: str | None) -> Tensor:
+        tuned = self.tuned is not None and row is not None
+        return self.tuned.translate(row, stream) if tuned else stream
 
     def _chunks(self, count: int) -> Iterator[slice]:
         size = max(1, CHUNK_VALUES // self.architecture.config.vocab_size)
@@ -431,8 +464,9 @@ class LogitLens:
         measured = ("next_token_rank", "next_token_prob", "kl_divergence")
         meter = RowMeter(len(sites), len(ids), 1, measured)
         for chunk in self._chunks(len(ids)):
-            for index, (row, where) in enumerate(sites.items()):
-                logits = self.row_logits(kept[where][0, chunk], row, apply_ln).float()
+            rows = {row: (kept[where][0, chunk], row) for row, where in sites.items()}
+            for index, (_, row_logits) in enumerate(self._rows_logits(rows, {}, apply_ln)):
+                logits = row_logits.float()
                 if index == 0:
                     meter.start_chunk(chunk, logits, torch.tensor(ids[chunk]))
                 meter.add(index, logits, is_reference=index == 0)

@@ -324,6 +324,24 @@ def test_chunks_of_any_size_give_the_same_result(gpt2, positions, monkeypatch):
         torch.testing.assert_close(found["probs"], predictions["layers"][layer]["probs"])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+def test_rows_go_through_the_head_together(gpt2, rows, monkeypatch):
+    monkeypatch.setattr(logit_lens, "GROUP_VALUES", LENGTH * families.VOCAB)
+    whole = gpt2.run(IDS, 5, metrics=METRICS)
+    heads = []
+    handle = gpt2.model.lm_head.register_forward_hook(lambda *_: heads.append(1))
+    monkeypatch.setattr(logit_lens, "GROUP_VALUES", rows * LENGTH * families.VOCAB)
+    together = gpt2.run(IDS, 5, metrics=METRICS)
+    handle.remove()
+    others = len(whole.row_labels) - 1
+    assert len(heads) == 1 + -(-others // rows), "the final row, and the others in groups"
+    assert (together.top_ids == whole.top_ids).all()
+    for name, table in whole.metrics.items():
+        np.testing.assert_allclose(
+            together.metrics[name], table, rtol=1e-4, atol=1e-5, err_msg=name
+        )
+
+
 def test_a_target_by_text_or_id(gpt2, tokenizer):
     token = tokenizer(" cat", add_special_tokens=False)["input_ids"]
     by_text, by_id = (gpt2.run(TEXT, 1, target=target) for target in (" cat", token[0]))
@@ -567,10 +585,12 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_full_vocabulary_tensors_alive_do_not_grow_with_the_layers(name):
-    few, many = (peak_bytes(layers, CALLS[name]) for layers in (4, 12))
+def test_full_vocabulary_tensors_alive_do_not_grow_with_the_layers(name, monkeypatch):
+    """Rows go through the head together, up to a budget: here it holds two rows."""
+    monkeypatch.setattr(logit_lens, "GROUP_VALUES", 2 * LENGTH * families.VOCAB)
+    few, many = (peak_bytes(layers, CALLS[name]) for layers in (6, 12))
     assert 0 < few == many
-    assert many <= 8 * LENGTH * families.VOCAB * 4
+    assert many <= 11 * LENGTH * families.VOCAB * 4
 
 
 # --- Tuned, and the bundled model -----------------------------------------------------------------
