@@ -323,8 +323,9 @@ class LogitLens:
         return self.apply_lens_to_hidden_state(self._translated(stream, row), apply_ln)
 
     def _translated(self, stream: Tensor, row: str | None) -> Tensor:
-        tuned = self.tuned is not None and row is not None
-        return self.tuned.translate(row, stream) if tuned else stream
+        if self.tuned is None or row is None:
+            return stream
+        return self.tuned.translate(row, stream)
 
     def _chunks(self, count: int) -> Iterator[slice]:
         size = max(1, CHUNK_VALUES // self.architecture.config.vocab_size)

@@ -13,7 +13,7 @@ import difflib
 import inspect
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
@@ -22,6 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from attention_internals import PARTS, AttentionTap
+from block_finding import (
+    attention_configs,
+    base_prefix,
+    find_blocks,
+    find_body,
+    find_head,
+    text_config,
+)
+from block_trace import PROBE_LENGTH
 from decoder_check import refuse_encoder, refuse_encoder_decoder
 from expert_routing import ROUTING, RoutingTap
 from forward_pass import (
@@ -35,9 +44,11 @@ from forward_pass import (
     Tap,
     WithinBlock,
 )
+from memory_limits import share_passes
 from model_lock import unwrap
+from model_shards import ShardedTap, find_mesh, own_part
 from module_devices import compute_device
-from structure_probe import PROBE_LENGTH, BlockStructure, ModelStructure, probe_structure
+from structure_probe import BlockStructure, ModelStructure, probe_structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,11 +137,11 @@ class Architecture:
         self.model = model
         self.config = text_config(model.config)
         refuse_encoder_decoder(model.config, type(model).__name__)
-        self.blocks_path, blocks = _find_blocks(model, self.config)
+        self.blocks_path, blocks = find_blocks(model, self.config)
         self.blocks = cast(Sequence[nn.Module], blocks)
-        self.body: nn.Module = _find_body(model, self.blocks_path)
-        self.has_head: bool = _find_head(model) is not None
-        self.name_prefix = "" if self.has_head else _base_prefix(model)
+        self.body: nn.Module = find_body(model, self.blocks_path)
+        self.has_head: bool = find_head(model) is not None
+        self.name_prefix = "" if self.has_head else base_prefix(model)
         self.layer_names = [
             f"{self.name_prefix}{self.blocks_path}.{i}" for i in range(len(self.blocks))
         ]
@@ -158,6 +169,8 @@ class Architecture:
             ids = torch.arange(1, PROBE_LENGTH + 1).remainder(self.config.vocab_size)[None]
             inputs = self.inputs(ids)
             refuse_encoder(self.model, self.body, inputs)
+            if find_mesh(self.model) is not None:
+                share_passes(self.model)
             found = probe_structure(self.model, self.body, self.blocks, self.config, inputs)
             known = (fingerprint, found)
             _KNOWN[self.model] = known
@@ -278,14 +291,25 @@ class Architecture:
         Raises:
             SiteError: the block has no output projection of heads.
         """
-        path = self.structure[layer].out_proj
-        if path is None:
-            raise SiteError(self.missing(Site("head_out", layer)))
-        projection = self.blocks[layer].get_submodule(path)
+        projection = self.output_projection(layer)
         only = torch.zeros_like(z)
         only[..., head, :] = z[..., head, :]
         nothing = projection(torch.zeros_like(z[..., :1, :]).expand_as(z).flatten(-2))
         return projection(only.flatten(-2)) - nothing
+
+    def output_projection(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """What makes all of a block's z, ``[…, head·d_head]``, into what attention writes.
+
+        Raises:
+            SiteError: the block has no output projection of heads.
+        """
+        found, block = self.structure[layer], self.blocks[layer]
+        if found.out_proj is None:
+            raise SiteError(self.missing(Site("head_out", layer)))
+        projection, mesh = block.get_submodule(found.out_proj), find_mesh(block)
+        if found.head_parts == 1 or mesh is None:
+            return projection
+        return lambda z: projection(own_part(z, mesh, -1))
 
     # Sites -------------------------------------------------------------------------------------
 
@@ -314,7 +338,7 @@ class Architecture:
         why = self.missing(site)
         if why:
             raise SiteError(why)
-        tap = self._inner_tap(name, self.structure[layer], block)
+        tap = self._whole(name, self.structure[layer], block)
         if id(tap.module) in self._shared_modules:
             return WithinBlock(tap, block)
         return tap
@@ -325,13 +349,28 @@ class Architecture:
         counts = Counter(id(module) for block in self.blocks for module in block.modules())
         return {module for module, count in counts.items() if count > 1}
 
+    def _whole(self, name: str, found: BlockStructure, block: nn.Module) -> Tap:
+        """A tap on a site inside a block, gathered where each process holds a part of it."""
+        tap = self._inner_tap(name, found, block)
+        sizes = {
+            **dict.fromkeys(("query", "attn_pattern", "head_out"), (found.head_parts, found.n_heads)),
+            **dict.fromkeys(("key", "value"), (found.kv_head_parts, found.n_kv_heads)),
+            "mlp_neurons": (found.neuron_parts, getattr(tap.module, "in_features", 0)),
+        }
+        parts, size = sizes.get(name, (1, 0))
+        mesh = find_mesh(block)
+        if parts == 1 or mesh is None:
+            return tap
+        return ShardedTap(tap, mesh, 1 if name == "attn_pattern" else 2, size)
+
     def _inner_tap(
         self, name: str, found: BlockStructure, block: nn.Module
     ) -> ModuleTap | AttentionTap | RoutingTap:
         if name in PARTS:
             attention = block.get_submodule(found.attention or "")
             configs = attention_configs(self.model)
-            return AttentionTap(attention, name, found.attention_route, found.n_kv_heads, configs)
+            stored = found.n_kv_heads // found.kv_head_parts
+            return AttentionTap(attention, name, found.attention_route, stored, configs)
         if name in ROUTING:
             assert found.router is not None
             path, routing = found.router
@@ -346,7 +385,7 @@ class Architecture:
         return ModuleTap(
             block.get_submodule(path),
             at_input=at_input,
-            heads=found.n_heads if name == "head_out" else None,
+            heads=found.n_heads // found.head_parts if name == "head_out" else None,
             scale=1.0 if at_input else found.scale,
             block=block if name == "resid_mid" or path in found.flattened else None,
             adds_block_input=name == "resid_mid",
@@ -405,76 +444,10 @@ class Architecture:
         ]
 
 
-BLOCK_COUNTS = ("num_hidden_layers", "num_layers", "decoder_layers")
-"""Names in configs that may say how many blocks there are, in order of trying."""
-
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[int, ModelStructure]] = WeakKeyDictionary()
 
 
 # --- Step 1: blocks, head, names ------------------------------------------------------------------
-
-
-def text_config(config: Any) -> Any:
-    """The part of a config that describes the decoder."""
-    return config.get_text_config(decoder=True)
-
-
-def attention_configs(model: PreTrainedModel) -> list[Any]:
-    """Every config object that a model's modules read their attention implementation from."""
-    owners = [model, *model.modules()]
-    configs = {
-        id(config): config
-        for owner in owners
-        if (config := getattr(owner, "config", None)) is not None
-    }
-    return [
-        config for config in configs.values() if hasattr(config, "_attn_implementation_internal")
-    ]
-
-
-def _find_blocks(model: PreTrainedModel, config: Any) -> tuple[str, nn.ModuleList]:
-    lists = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    ]
-    counts = [getattr(config, name, None) for name in BLOCK_COUNTS]
-    candidates = next(
-        (
-            found
-            for wanted in counts
-            if wanted and (found := [entry for entry in lists if len(entry[1]) == wanted])
-        ),
-        [],
-    )
-    if not candidates:
-        there = ", ".join(f"{path} ({len(module)})" for path, module in lists)
-        if counts[0] is None:
-            raise ArchitectureError(
-                f"the config of {type(model).__name__} does not say how many blocks it has "
-                f"(num_hidden_layers); it has {there or 'no ModuleList at all'}"
-            )
-        raise ArchitectureError(
-            f"{type(model).__name__} has no ModuleList of {counts[0]} blocks "
-            f"(config.num_hidden_layers); it has {there or 'no ModuleList at all'}"
-        )
-    outermost = min(path.count(".") for path, _ in candidates)
-
-    def size(entry: tuple[str, nn.ModuleList]) -> int:
-        return sum(parameter.numel() for parameter in entry[1].parameters())
-
-    return max((entry for entry in candidates if entry[0].count(".") == outermost), key=size)
-
-
-def _find_body(model: PreTrainedModel, blocks_path: str) -> nn.Module:
-    """The innermost module around the blocks that takes token ids."""
-    path = blocks_path
-    while path:
-        path, _, _ = path.rpartition(".")
-        body = model.get_submodule(path)
-        if "input_ids" in inspect.signature(body.forward).parameters:
-            return body
-    return model
 
 
 def _no_heads(found: BlockStructure) -> str:
@@ -495,16 +468,3 @@ def _routing_reason(part: str, found: BlockStructure) -> tuple[object | None, st
         reason = "its weights are neither a softmax nor a sigmoid of the router's logits"
         return routing.scores, reason
     return True, ""
-
-
-def _find_head(model: PreTrainedModel) -> nn.Module | None:
-    try:
-        return model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-
-
-def _base_prefix(model: PreTrainedModel) -> str:
-    """What a base model's module names lack, compared with the same model with a head."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return f"{prefix}." if prefix and not hasattr(model, prefix) else ""

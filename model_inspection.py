@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from block_finding import text_config
 from forward_pass import LayerError
-from model_architecture import Architecture, Layer, text_config
+from model_architecture import Architecture, Layer
+from model_shards import whole_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,9 +113,10 @@ def find_module(model: PreTrainedModel, name: Layer) -> nn.Module:
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """A module's parameters by name, detached: the live storage, not a copy.
 
-    Parameters that accelerate has offloaded are fetched, and are copies.
+    Parameters that accelerate has offloaded are fetched, those that are split over processes
+    gathered; both are copies.
     """
-    weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    weights = {name: whole_weight(each.detach()) for name, each in module.named_parameters()}
     for path, part in module.named_modules():
         own = [f"{path}.{name}".lstrip(".") for name, _ in part.named_parameters(recurse=False)]
         if hasattr(part, "_hf_hook") and any(weights[n].is_meta for n in own if n in weights):

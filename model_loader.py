@@ -30,9 +30,10 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from block_finding import text_config
 from decoder_check import refuse_encoder, refuse_encoder_decoder
 from forward_pass import InputError
-from model_architecture import Architecture, Layer, text_config
+from model_architecture import Architecture, Layer
 from model_inspection import (
     SUMMARY_FIELDS,
     architecture_summary,

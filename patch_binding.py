@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from activation_record import ActivationRecord
+from block_trace import PROBE_LENGTH
 from forward_pass import READ_ONLY, InputError, Site, SiteError, read_only_message, record
 from model_architecture import Architecture, Layer
 from pass_positions import PassPositions, Selection, SequenceClock, check_spec
 from steering_vector import SteeringVector
-from structure_probe import PROBE_LENGTH
 from tokenization import resolve_positions
 
 if TYPE_CHECKING:

@@ -17,22 +17,27 @@ No module is kept: what was found are dotted paths and numbers.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attention_internals import AttentionCall, AttentionFinder
-from expert_routing import Routing, find_routing
-from forward_pass import PLAIN, ArchitectureError, StreamShape, evaluate, read_hidden, read_input
-
-PROBE_LENGTH = 5
-"""Tokens in the pass that is watched."""
+from block_trace import (
+    PROBE_LENGTH,
+    BlockTrace,
+    SeenModule,
+    running_module,
+    trace_block,
+    trace_module,
+)
+from expert_routing import Routing
+from forward_pass import PLAIN, ArchitectureError, StreamShape, evaluate
+from model_shards import count_parts, find_mesh
+from module_devices import exact
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,12 @@ class BlockStructure:
     """Whether the next block receives just what this one returns."""
     router: tuple[str, Routing] | None = None
     """The module that chooses among the experts of a mixture, and what it returns."""
+    head_parts: int = 1
+    """Over how many processes the query heads are split (`model_shards`); `n_heads` are all."""
+    kv_head_parts: int = 1
+    """The same of key/value heads."""
+    neuron_parts: int = 1
+    """The same of the MLP's neurons."""
 
 
 @dataclass(frozen=True)
@@ -94,47 +105,6 @@ class ModelStructure:
     """
     reads_earlier: bool = False
     """Whether blocks are given what earlier blocks were given or gave, beside the stream."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """One module's call inside a block, as the probe saw it."""
-
-    path: str
-    module: nn.Module
-    entered: Tensor | None
-    left: Tensor | None
-    order: int
-    """When it left, on the probe's clock."""
-    routing: Routing | None = None
-
-
-class _BlockTrace:
-    """What the probe saw in one block: its input, its output, its modules in order of leaving."""
-
-    def __init__(self, block: nn.Module, clock: Iterator[int]) -> None:
-        self.block, self.clock = block, clock
-        self.pre: Tensor
-        self.post: Tensor
-        self.outputs = 0
-        self.names: Sequence[str] = ()
-        """Names of the entries of a named tuple that it returned."""
-        self.handed: list[Any] = []
-        """What it was called with beside the hidden state."""
-        self.extras: list[Tensor] = []
-        """What it returned beside the hidden state."""
-        self.grown: list[tuple[Mapping[Any, Any], int]] = []
-        """Mappings it was called with, and their sizes then."""
-        self.runs = 0
-        self.seen: list[_Seen] = []
-        """In order of leaving."""
-        self.calls: list[AttentionCall] = []
-
-    @cached_property
-    def once(self) -> list[_Seen]:
-        """Those of ``seen`` that ran a single time, so that a tap on them is unambiguous."""
-        counts = Counter(seen.path for seen in self.seen)
-        return [seen for seen in self.seen if counts[seen.path] == 1]
 
 
 @torch.no_grad()
@@ -157,13 +127,13 @@ def probe_structure(
     with ExitStack() as stack:
         evaluate(stack, model)
         clock = itertools.count()
-        traces = [_trace_block(stack, block, clock) for block in blocks]
-        around = _BlockTrace(body, clock)
+        traces = [trace_block(stack, block, clock) for block in blocks]
+        around = BlockTrace(body, clock)
         inner = {id(module) for block in blocks for module in block.modules()}
         for name, child in body.named_modules():
             if name and id(child) not in inner:
-                _trace_module(stack, around, name, child)
-        running = _running_module(stack, blocks)
+                trace_module(stack, around, name, child)
+        running = running_module(stack, blocks)
         finder = stack.enter_context(AttentionFinder(PROBE_LENGTH, running, clock))
         body(**inputs, use_cache=False)
     _require_blocks(body, traces)
@@ -188,7 +158,7 @@ def probe_structure(
     return ModelStructure(found, _find_final_norm(around, last), width, stream, more, earlier)
 
 
-def _require_blocks(body: nn.Module, traces: Sequence[_BlockTrace]) -> None:
+def _require_blocks(body: nn.Module, traces: Sequence[BlockTrace]) -> None:
     """Refuse what is no chain of blocks, each run once, handing on a residual stream."""
     name = type(body).__name__
     runs = {trace.runs for trace in traces}
@@ -231,7 +201,7 @@ def _find_stream(hidden: Tensor) -> StreamShape:
     )
 
 
-def _read_earlier(traces: Sequence[_BlockTrace]) -> bool:
+def _read_earlier(traces: Sequence[BlockTrace]) -> bool:
     """Whether a block is given the streams of earlier blocks, all or some of them, as well."""
     known: list[Tensor] = []
     constant = [each for each in traces[0].handed if isinstance(each, Tensor)]
@@ -249,7 +219,7 @@ def _read_earlier(traces: Sequence[_BlockTrace]) -> bool:
     return False
 
 
-def _hand_more(traces: Sequence[_BlockTrace]) -> bool:
+def _hand_more(traces: Sequence[BlockTrace]) -> bool:
     """Whether a block is given what another block made, beside the residual stream."""
     made: set[int] = set()
     for trace in traces:
@@ -259,7 +229,7 @@ def _hand_more(traces: Sequence[_BlockTrace]) -> bool:
     return any(len(shared) > size for trace in traces for shared, size in trace.grown)
 
 
-def _find_final_norm(around: _BlockTrace, last: Tensor) -> str | None:
+def _find_final_norm(around: BlockTrace, last: Tensor) -> str | None:
     """The body's part that takes the last block's output and changes its values, not its shape."""
     for seen in around.once:
         if _same(seen.entered, last) and seen.left is not None and seen.left.shape == last.shape:
@@ -267,80 +237,8 @@ def _find_final_norm(around: _BlockTrace, last: Tensor) -> str | None:
     return None
 
 
-def _trace_block(stack: ExitStack, block: nn.Module, clock: Iterator[int]) -> _BlockTrace:
-    trace = _BlockTrace(block, clock)
-    for path, module in block.named_modules():
-        _trace_module(stack, trace, path, module)
-    _trace_hand_over(stack, trace)
-    return trace
-
-
-def _trace_hand_over(stack: ExitStack, trace: _BlockTrace) -> None:
-    """Note what a block is given and gives beside the hidden state (held, so that it stays)."""
-
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        trace.runs += 1
-        given = [*args[1:], *kwargs.values()]
-        nested = [each for value in given if isinstance(value, tuple | list) for each in value]
-        trace.handed = [*given, *nested]
-        trace.grown = [(value, len(value)) for value in given if isinstance(value, Mapping)]
-
-    def after(_module: nn.Module, _args: Any, output: Any) -> None:
-        extras = output[1:] if isinstance(output, tuple | list) else ()
-        nested = [each for value in extras if isinstance(value, tuple | list) for each in value]
-        trace.extras = [each for each in (*extras, *nested) if isinstance(each, Tensor)]
-
-    stack.callback(trace.block.register_forward_pre_hook(before, with_kwargs=True).remove)
-    stack.callback(trace.block.register_forward_hook(after).remove)
-
-
-def _trace_module(stack: ExitStack, trace: _BlockTrace, path: str, module: nn.Module) -> None:
-    """Note what a module takes and gives; ``""`` is the block itself."""
-    under_way: list[Tensor | None] = []
-
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        try:
-            hidden = read_input(args, kwargs).clone()
-        except ArchitectureError:
-            hidden = None
-        under_way.append(hidden)
-        if path == "" and hidden is not None:
-            trace.pre = hidden
-
-    def after(module: nn.Module, _args: Any, output: Any) -> None:
-        hidden = read_hidden(output) if output is not None and not _is_empty(output) else None
-        hidden = hidden.clone() if isinstance(hidden, Tensor) else None
-        entered = under_way.pop()
-        if path:
-            routing = find_routing(output)
-            trace.seen.append(_Seen(path, module, entered, hidden, next(trace.clock), routing))
-        elif hidden is not None:
-            trace.post = hidden
-            trace.outputs = len(output) if isinstance(output, tuple | list) else 0
-            trace.names = getattr(output, "_fields", ())
-
-    stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-    stack.callback(module.register_forward_hook(after).remove)
-
-
-def _is_empty(output: Any) -> bool:
-    return isinstance(output, tuple | list) and not output
-
-
-def _running_module(stack: ExitStack, blocks: Sequence[nn.Module]) -> Any:
-    """A function that names the innermost module under way inside the blocks."""
-    under_way: list[nn.Module] = []
-    for block in blocks:
-        for module in block.modules():
-            stack.callback(
-                module.register_forward_pre_hook(lambda m, _args: under_way.append(m)).remove
-            )
-            stack.callback(module.register_forward_hook(lambda *_: under_way.pop() and None).remove)
-    return lambda: under_way[-1] if under_way else None
-
-
 def _describe_block(
-    trace: _BlockTrace, config: Any, scales: Sequence[float], stream: StreamShape
+    trace: BlockTrace, config: Any, scales: Sequence[float], stream: StreamShape
 ) -> BlockStructure:
     attn_writer, mlp_writer, scale = None, None, 1.0
     if stream.streams == 1:
@@ -351,14 +249,6 @@ def _describe_block(
     )
     out_proj = _find_out_proj(trace, attention_path, attention)
     mlp, down_proj = _find_down_proj(trace, attention_path, mlp_writer)
-    kv_heads = 0
-    if attention is not None:
-        kv_heads = attention.kv_heads
-        if attention.route == "products":
-            configured = [
-                getattr(config, name, None) for name in ("num_key_value_heads", "num_kv_heads")
-            ]
-            kv_heads = min([kv_heads, *(number for number in configured if number)])
     return BlockStructure(
         attn_writer=attn_writer.path if attn_writer else None,
         mlp_writer=mlp_writer.path if mlp_writer else None,
@@ -368,8 +258,7 @@ def _describe_block(
         and _has_mid(trace, attn_writer, scale),
         attention=attention_path,
         attention_route=attention.route if attention else "",
-        n_heads=attention.query_heads if attention else 0,
-        n_kv_heads=kv_heads,
+        **_count_heads(trace, config, attention),
         out_proj=out_proj,
         down_proj=down_proj,
         flattened=frozenset(s.path for s in trace.seen if _is_flat(s.left) or _is_flat(s.entered)),
@@ -379,17 +268,46 @@ def _describe_block(
         gated=_is_gated(trace, attention, out_proj),
         normed_sum=attn_writer is None and _is_normed_sum(trace),
         router=next(((s.path, s.routing) for s in trace.once if s.routing is not None), None),
+        neuron_parts=_neuron_parts(trace, down_proj),
     )
 
 
-def _is_gated(trace: _BlockTrace, call: AttentionCall | None, out_proj: str | None) -> bool:
+def _count_heads(trace: BlockTrace, config: Any, call: AttentionCall | None) -> dict[str, int]:
+    """How many heads there are in all processes, and over how many these are split."""
+    if call is None:
+        return {}
+    parts = {
+        "head_parts": count_parts(trace.block, call.query),
+        "kv_head_parts": count_parts(trace.block, call.key),
+    }
+    kv_heads = call.kv_heads * parts["kv_head_parts"]
+    if call.route == "products":
+        configured = [
+            getattr(config, name, None) for name in ("num_key_value_heads", "num_kv_heads")
+        ]
+        kv_heads = min([kv_heads, *(number for number in configured if number)])
+    n_heads = call.query_heads * parts["head_parts"]
+    return {"n_heads": n_heads, "n_kv_heads": kv_heads, **parts}
+
+
+def _neuron_parts(trace: BlockTrace, down_proj: str | None) -> int:
+    """Over how many processes the down projection's input is split."""
+    mesh = find_mesh(trace.block)
+    if mesh is None or down_proj is None:
+        return 1
+    seen = next(s for s in trace.once if s.path == down_proj)
+    width = None if seen.entered is None else seen.entered.shape[-1]
+    return 1 if width == getattr(seen.module, "in_features", width) else mesh.size()
+
+
+def _is_gated(trace: BlockTrace, call: AttentionCall | None, out_proj: str | None) -> bool:
     """Whether the output projection takes something else than what attention made."""
     if call is None or call.output is None or out_proj is None:
         return False
     return not any(_same(s.entered, call.output) for s in trace.once if s.path == out_proj)
 
 
-def _is_normed_sum(trace: _BlockTrace) -> bool:
+def _is_normed_sum(trace: BlockTrace) -> bool:
     """Whether the block returns what a norm makes of a sum (Vaswani et al. 2017)."""
     return any(
         _same(s.left, trace.post) and "norm" in type(s.module).__name__.lower() for s in trace.once
@@ -405,19 +323,19 @@ def _rounding(dtype: torch.dtype) -> float:
 
 
 def _find_writers(
-    trace: _BlockTrace, scales: Sequence[float]
-) -> tuple[_Seen | None, _Seen | None, float]:
+    trace: BlockTrace, scales: Sequence[float]
+) -> tuple[SeenModule | None, SeenModule | None, float]:
     """The two modules (or the one) whose outputs are what the block adds to its input."""
     shape = trace.post.shape
-    added = (trace.post.double() - trace.pre.double()).flatten()
+    added = (exact(trace.post) - exact(trace.pre)).flatten()
     seen = [
         s
         for s in trace.once
         if s.left is not None and s.left.numel() == added.numel() and s.left.shape[-1] == shape[-1]
     ]
-    outputs = [s.left.double().flatten() for s in seen if s.left is not None]
+    outputs = [exact(s.left).flatten() for s in seen if s.left is not None]
     rounding = _rounding(trace.post.dtype)
-    ends = trace.pre.double().abs().flatten() + trace.post.double().abs().flatten()
+    ends = exact(trace.pre).abs().flatten() + exact(trace.post).abs().flatten()
     for pairwise in (True, False):
         best: tuple[float, int, int, float] | None = None
         for scale in scales:
@@ -439,7 +357,7 @@ def _find_writers(
     return None, None, 1.0
 
 
-def _has_mid(trace: _BlockTrace, attn_writer: _Seen, scale: float) -> bool:
+def _has_mid(trace: BlockTrace, attn_writer: SeenModule, scale: float) -> bool:
     """Whether some later module reads the stream right after attention has added to it."""
     if attn_writer.left is None:
         return False
@@ -464,7 +382,7 @@ def _is_matrix(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.dim() == 2
 
 
-def _outermost(path: str, matrices: Sequence[_Seen]) -> str:
+def _outermost(path: str, matrices: Sequence[SeenModule]) -> str:
     """The adapter around a matrix, if there is one."""
     around = [s.path for s in matrices if f"{path}.".startswith(f"{s.path}.")]
     return min(around, key=len)
@@ -480,7 +398,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _find_out_proj(
-    trace: _BlockTrace, attention: str | None, call: AttentionCall | None
+    trace: BlockTrace, attention: str | None, call: AttentionCall | None
 ) -> str | None:
     """The matrix that takes what attention made; where a gate or norm is between, the last one.
 
@@ -499,7 +417,7 @@ def _find_out_proj(
 
 
 def _find_down_proj(
-    trace: _BlockTrace, attention: str | None, mlp_writer: _Seen | None
+    trace: BlockTrace, attention: str | None, mlp_writer: SeenModule | None
 ) -> tuple[str | None, str | None]:
     """The MLP's part of the block, and the last matrix in it that makes what this part returns."""
     if mlp_writer is None:

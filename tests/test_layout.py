@@ -34,6 +34,7 @@ LAYERS = (
     ),
     (
         "forward_pass",
+        "model_shards",
         "refinement_figure",
         "comparison_figures",
         "attention_figures",
@@ -47,17 +48,19 @@ LAYERS = (
         "pass_positions",
     ),
     (
-        "structure_probe",
+        "block_trace",
+        "block_finding",
         "decoder_check",
         "array_formats",
         "tagged_json",
         "interactive_figures",
     ),
     (
-        "model_architecture",
+        "structure_probe",
         "array_files",
         "sweep_figures",
     ),
+    ("model_architecture",),
     (
         "architecture_check",
         "model_inspection",
