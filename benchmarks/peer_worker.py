@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -150,6 +151,20 @@ def as_tensors(result: Any) -> list[Tensor]:
     return [tensor.detach().double().cpu() for tensor in found]
 
 
+def own_version() -> str:
+    """The commit that is measured, and whether the tree differs from it."""
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root)]
+    asked = ([*git, "rev-parse", "--short", "HEAD"], [*git, "status", "--porcelain", "-uno"])
+    try:
+        commit, changes = (
+            subprocess.run(a, capture_output=True, text=True, check=True) for a in asked
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "no git repository"
+    return f"commit {commit.stdout.strip()}{' with changes' if changes.stdout.strip() else ''}"
+
+
 def largest_difference(found: list[Tensor], expected: list[Tensor]) -> float:
     """Over all tensors; axes of size 1 in front do not count, a wrong shape is an error."""
     if len(found) != len(expected):
@@ -187,7 +202,10 @@ class Worker:
         model = load_plain(self.folder, self.device)
         self.toolkit.task = make_task(self.model_name, model, self.device)
         package = self.toolkit.package
-        return {"seconds": seconds, "version": "" if package == "ours" else version(package)}
+        return {
+            "seconds": seconds,
+            "version": own_version() if package == "ours" else version(package),
+        }
 
     def reference(self, _row: str) -> dict[str, Any]:
         """Write every row by plain hooks, in float32 and in float64."""

@@ -4,11 +4,12 @@
                                [--python transformer_lens=/other/bin/python …] [--device cuda]
 
 Each toolkit has a process of its own (of another interpreter where ``--python`` says so), which
-stays for all rows of a model; the processes take turns, one call each per round, and only one
-works at a time. A row is first run once and compared with plain Hugging Face and PyTorch hooks, in
-float32 and in float64; that first call is reported apart. Then come the rounds: median, lowest and
-highest. A first call longer than `LONG` seconds counts as a round, and a row stops once its rounds
-have taken `ENOUGH` seconds. `peer_toolkits.py` says which calls of a toolkit are used.
+stays for all rows of a model; the processes take turns, one call each per round, each round begun
+by another, and only one works at a time. A row is first run once and compared with plain Hugging
+Face and PyTorch hooks, in float32 and in float64; that first call is reported apart. Then come the
+rounds: median, lowest and highest. A first call longer than `LONG` seconds counts as a round, and a
+row stops once its rounds have taken `ENOUGH` seconds. `peer_toolkits.py` says which calls of a
+toolkit are used.
 
 ``--write`` puts the tables between the markers in RESULTS.md.
 """
@@ -37,7 +38,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
 BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
 LONG = 2.0
-ENOUGH = 40.0
+ENOUGH = 20.0
 PATIENCE = 240.0
 """Seconds after which a process that does not answer is ended; its rows then say so."""
 TITLES = {
@@ -186,13 +187,13 @@ def measure_row(row: str, workers: Mapping[str, Process], rounds: int) -> dict[s
     found = {kit: Measured() for kit in workers}
     for kit, worker in workers.items():
         found[kit].take_first(worker.ask("check", row))
-    for _ in range(rounds):
+    for turn in range(rounds):
         spent = sum(sum(each.seconds) for each in found.values())
         waiting = [k for k, each in found.items() if len(each.seconds) < rounds and not each.error]
         enough = all(len(found[kit].seconds) >= 2 for kit in waiting)
         if not waiting or (spent > ENOUGH and enough):
             break
-        for kit in waiting:
+        for kit in [*waiting[turn % len(waiting) :], *waiting[: turn % len(waiting)]]:
             found[kit].take(workers[kit].ask("time", row))
     return found
 
