@@ -36,6 +36,7 @@ from forward_pass import InputError, Recording, Site, record
 from growing_pass import Edit
 from logit_metrics import Metric, make_metric, reads_of
 from model_architecture import Architecture
+from module_devices import exact
 from node_effects import AblationEffects
 from prompt_pairs import is_dataset
 from sweep_result import summarize
@@ -207,7 +208,7 @@ class _StandIns:
         sums: dict[Site, Tensor] = {}
         for ids in references:
             for site, value in self._record(ids).items():
-                value = value[0].double()
+                value = exact(value[0])
                 value = value if self.per_position else value.sum(0)
                 sums[site] = sums[site] + value if site in sums else value
         count = len(references) if self.per_position else sum(map(len, references))
@@ -307,7 +308,7 @@ class _Study:
             self.architecture, base, runs, lambda _runs, logits: metric(logits),
             max_tokens=self.max_tokens, progress=bar.update, work=self.work,
         )  # fmt: skip
-        return found.double().numpy()
+        return exact(found).numpy()
 
     def result(self, groups: Sequence[Group], rows: list[list[int]], seed: int) -> AblationEffects:
         """The drops, averaged over prompts."""

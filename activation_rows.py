@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from activation_record import ActivationRecord, position_rows
 from causal_tracing import subject_positions
 from direction_finding import check_examples
 from extraction_request import make_request
-from forward_pass import InputError, SiteError
+from forward_pass import InputError, LayerError, SiteError
 from model_architecture import Architecture, Layer
 from tokenization import Positions, Prompt, check_ids, encode, resolve_positions, token_strings
 
@@ -70,6 +70,19 @@ class ActivationRows:
     def __repr__(self) -> str:
         rows, layers, width = self.values.shape
         return f"ActivationRows({rows} rows × {layers} layers × {width}, {self.site})"
+
+    def at_layers(self, layers: int | Sequence[int]) -> ActivationRows:
+        """The rows of some of the layers, in the order asked for.
+
+        Raises:
+            LayerError: one of them is not there.
+        """
+        asked = [layers] if isinstance(layers, int) else list(layers)
+        for layer in asked:
+            if layer not in self.layers:
+                raise LayerError(f"there are no rows of layer {layer!r}; there are {self.layers}")
+        places = [self.layers.index(layer) for layer in asked]
+        return replace(self, values=self.values[:, places], layers=tuple(asked))
 
 
 # --- From a model ---------------------------------------------------------------------------------
@@ -154,7 +167,7 @@ def _is(read: Any, name: str) -> bool:
 
 
 def _one_or_more(layers: Any) -> Any:
-    return [layers] if isinstance(layers, str) else layers
+    return [layers] if isinstance(layers, str | int) else layers
 
 
 def _encoded(arch: Architecture, tokenizer: Any, prompt: Prompt, number: int) -> list[int]:
@@ -232,9 +245,10 @@ def rows_of(
     Args:
         activations: `ActivationRows`; records (one row each); or an array ``[row, layer, feature]``
             or ``[row, feature]``.
-        layers: Of records: which, in any spelling; None means all that were recorded. Of an array:
-            the block of each entry of its layer axis; None counts from 0.
-        read: Of records: which of the recorded tokens; several are averaged (`read_rows`).
+        layers: Of rows: which, as numbers. Of records: which, in any spelling. None means all that
+            are there. Of an array: the block of each entry of its layer axis; None counts from 0.
+        read: Of records: which of the recorded tokens; several are averaged, for ``"mean"`` all
+            that were recorded, special ones too.
         site: What it is, or which site of the records.
         head: One head of a record's site.
 
@@ -243,11 +257,10 @@ def rows_of(
         LayerError, SiteError: it was not recorded.
     """
     if isinstance(activations, ActivationRows):
-        return activations
+        return activations if layers is None else activations.at_layers(_one_or_more(layers))
     if isinstance(activations, ActivationRecord):
         activations = [activations]
-    several = isinstance(activations, list | tuple) and len(activations) > 0
-    if several and all(isinstance(each, ActivationRecord) for each in activations):
+    if knows_layers(activations):
         return _of_records(activations, layers, read, site, head)
     given = np.asarray(activations) if isinstance(activations, list | tuple) else activations
     values = torch.as_tensor(given).detach().float().cpu().numpy()
@@ -255,10 +268,18 @@ def rows_of(
         values = values[:, None]
     if values.ndim != 3:
         raise InputError(f"an array is [row, layer, feature] or [row, feature]; {values.shape}")
-    names = range(values.shape[1]) if layers is None else layers
+    names = range(values.shape[1]) if layers is None else _one_or_more(layers)
     return ActivationRows(
         values, tuple(int(x) for x in names), tuple(range(len(values))), (), site, head
     )
+
+
+def knows_layers(activations: Any) -> bool:
+    """Whether they are rows or records, not a bare array, so that they say of which blocks."""
+    if isinstance(activations, ActivationRows | ActivationRecord):
+        return True
+    several = isinstance(activations, list | tuple) and len(activations) > 0
+    return several and all(isinstance(each, ActivationRecord) for each in activations)
 
 
 def _of_records(
@@ -268,7 +289,10 @@ def _of_records(
     asked = group.layers if layers is None else _one_or_more(layers)
     keys = [group.key_for(layer) for layer in asked]
     known = {key: layer for layer, key in enumerate(group.keys_by_layer)}
-    found = [known.get(key, 0) for key in keys]
+    for key in keys:
+        if key not in known:
+            raise LayerError(f"{key!r} is no block's, so it has no place among layers")
+    found = [known[key] for key in keys]
     vectors, tokens = [], []
     for record in records:
         wanted = None if _is(read, MEAN) else read

@@ -39,6 +39,7 @@ from forward_pass import (
     resume,
 )
 from model_architecture import Architecture
+from module_devices import exact
 
 CHECK_LENGTH = 7
 """Tokens in the pass that is checked."""
@@ -163,7 +164,7 @@ def _allowed(*tensors: Tensor) -> float:
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).abs().max())
+    return float((exact(a) - exact(b)).abs().max())
 
 
 def _worst(name: str, pairs: list[tuple[Tensor, Tensor]], note: str = "") -> Proof:
@@ -206,7 +207,7 @@ def _check_heads(architecture: Architecture, kept: Recording) -> Proof:
     for layer, found in enumerate(architecture.structure):
         if Site("head_out", layer) not in kept or found.out_proj is None:
             continue
-        projection = architecture.blocks[layer].get_submodule(found.out_proj)
+        projection = architecture.output_projection(layer)
         z = kept[Site("head_out", layer)]
         whole = projection(z.flatten(-2))
         bias = projection(torch.zeros_like(z.flatten(-2)))
@@ -219,7 +220,7 @@ def _check_pattern(_architecture: Architecture, kept: Recording) -> Proof:
     patterns = [value for site, value in kept.items() if site.name == "attn_pattern"]
     if not patterns:
         return Proof("pattern", None, 0.0)
-    sums = torch.cat([pattern.double().sum(-1).flatten() for pattern in patterns])
+    sums = torch.cat([exact(pattern).sum(-1).flatten() for pattern in patterns])
     allowed = 32 * max(torch.finfo(patterns[0].dtype).eps, torch.finfo(torch.float32).eps)
     negative = max(0.0, -min(float(pattern.min()) for pattern in patterns))
     sink = bool((sums < 1 - allowed).any())
@@ -293,7 +294,23 @@ def _findings(architecture: Architecture) -> tuple[str, ...]:
             f"{'all layers' if every else f'layers {layers}'}: {kind}"
             for kind, layers in kinds.items()
         ),
+        *_split(architecture),
     )
+
+
+def _split(architecture: Architecture) -> tuple[str, ...]:
+    """What other processes hold a part of, and that sites show it whole."""
+    structure = architecture.structure
+    counts = {
+        "heads": max(found.head_parts for found in structure),
+        "key/value heads": max(found.kv_head_parts for found in structure),
+        "neurons": max(found.neuron_parts for found in structure),
+    }
+    split = [name for name, count in counts.items() if count > 1]
+    if not split:
+        return ()
+    processes = f"{max(counts.values())} processes"
+    return (f"{', '.join(split)} are split over {processes}, and gathered for every site",)
 
 
 def _parts(architecture: Architecture, layer: int) -> str:

@@ -31,6 +31,7 @@ from extraction_request import make_request
 from forward_pass import Hook, InputError, Site, attached, evaluate, skip_blocks
 from memory_limits import in_batches
 from model_architecture import Architecture, Layer
+from module_devices import exact
 from tokenization import Prompt, check_ids, context_length, encode, pad_left
 
 if TYPE_CHECKING:
@@ -361,7 +362,7 @@ def _means(sums: Sequence[Tensor], counts: Tensor) -> np.ndarray:
     table = np.full((len(KINDS), len(sums), heads), np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
         for row, each in enumerate(sums):
-            over = counts.double()[:, None].expand_as(each).clone()
+            over = exact(counts)[:, None].expand_as(each).clone()
             kinds = list(KINDS)
             attended = counts[kinds.index("no_token")] - each[kinds.index("no_token")]
             over[kinds.index("distance")] = attended

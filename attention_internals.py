@@ -356,6 +356,9 @@ class AttentionCall:
     route: str
     query_heads: int
     kv_heads: int
+    query: Tensor
+    """As it was multiplied, and `key` too; in a process that holds a part, this part."""
+    key: Tensor
     order: int = 0
     """When it was computed, on the clock of whoever looks."""
     output: Tensor | None = None
@@ -395,7 +398,7 @@ class AttentionFinder(TorchFunctionMode):
     def note_registry_call(self, module: nn.Module, query: Tensor, key: Tensor) -> AttentionCall:
         """Take note of an attention function that the registry handed out, before it runs."""
         heads = query.shape[1], key.shape[1]
-        self.calls.append(AttentionCall(module, "registry", *heads, next(self._clock)))
+        self.calls.append(AttentionCall(module, "registry", *heads, query, key, next(self._clock)))
         return self.calls[-1]
 
     def __torch_function__(
@@ -451,5 +454,5 @@ class AttentionFinder(TorchFunctionMode):
     def _add(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
         axis = 1 if query.dim() == 4 else 0  # the probe is one row: [batch·head, …] counts heads
         heads = query.shape[axis], key.shape[axis]
-        self.calls.append(AttentionCall(module, "products", *heads, next(self._clock)))
+        self.calls.append(AttentionCall(module, "products", *heads, query, key, next(self._clock)))
         self._mixing = True

@@ -9,8 +9,10 @@ every attention module is given noise, and what each of its parts took and gave 
    interleaved and grouped layouts need no description.
 2. Where it is an output of a norm (query and key norms), the search goes on at the norm's input,
    and it is noted that a norm lies between. Where a matrix reads another one (multi-head latent
-   attention), the two are multiplied, with the gain of a norm between them.
-3. A matrix is believed only if it reproduces what its module gave, to rounding.
+   attention), the two are multiplied, with the gain of a norm between them. A part is taken for a
+   norm only if its numbers are those of one.
+3. A matrix is believed only if it reproduces what its module gave, to rounding. The output
+   projection is given noise too, so that this holds where a model's own values are 0.
 4. Which stored key/value head a query head reads is seen by setting one to zero at a time.
 
 What cannot be proven like this raises SiteError; nothing is guessed.
@@ -28,7 +30,8 @@ from torch import Tensor, nn
 
 from forward_pass import Hook, ModuleTap, Site, SiteError, attached, edit, evaluate, recording
 from model_architecture import Architecture
-from norm_gain import fit_norm, noise_like
+from module_devices import exact, stored_matrix
+from norm_gain import fit_norm, noise_like, seeded
 
 ROWS = 32
 """Tokens in the pass that is watched, each a row by itself."""
@@ -38,6 +41,9 @@ CHUNK = 256
 
 DEEPEST = 3
 """Matrices in a row that are followed."""
+
+TF32_EPS = 2.0**-10
+"""Of the products that the user allowed to be faster than float32."""
 
 PARTS = ("query", "key", "value")
 WRITTEN = ("head_out", "attn_out")
@@ -53,6 +59,8 @@ class Call:
     """``[row, n_in]``."""
     given: Tensor
     """``[row, n_out]``."""
+    width: int
+    """Entries of the last axis of what was taken: a norm may act on several such groups a row."""
     affine: tuple[Tensor, Tensor] | None = None
     """Matrix ``[n_in, n_out]`` and bias ``[n_out]``, where it has proven to be affine."""
     tried: bool = False
@@ -92,6 +100,9 @@ class Projection(NamedTuple):
 def watch_attention(architecture: Architecture, layers: Sequence[int]) -> dict[int, Watched]:
     """Give every attention module noise in one pass of single tokens, and keep what its parts did.
 
+    The output projection gets noise of its own, rows of very different lengths: a norm behind it
+    then shows, since it brings them to one length.
+
     Args:
         architecture: The model.
         layers: Blocks with ``query``, ``key``, ``value`` and ``head_out``.
@@ -105,6 +116,7 @@ def watch_attention(architecture: Architecture, layers: Sequence[int]) -> dict[i
         Site(name, n) for n in layers for name in PARTS + WRITTEN if _has(architecture, name, n)
     ]
     inputs = architecture.inputs(torch.ones(ROWS, 1, dtype=torch.long))
+    lengths = torch.logspace(-1, 1, ROWS)[torch.randperm(ROWS, generator=seeded(0))]
 
     def feed(layer: int) -> Hook:
         def hook(value: Tensor) -> Tensor:
@@ -114,10 +126,15 @@ def watch_attention(architecture: Architecture, layers: Sequence[int]) -> dict[i
 
         return hook
 
+    def feed_output(value: Tensor) -> Tensor:
+        return noise_like(value, value.shape[-1]) * lengths.to(value).view(-1, 1, 1, 1)
+
     with ExitStack() as stack:
         evaluate(stack, architecture.model)
         taps = [(ModuleTap(_attention(architecture, n), at_input=True), feed(n)) for n in layers]
         stack.enter_context(attached(taps))
+        outputs = {Site("head_out", n): feed_output for n in layers}
+        stack.enter_context(edit(architecture, outputs))
         kept = stack.enter_context(recording(architecture, sites))
         for layer in layers:
             for path, module in _modules(architecture, layer).items():
@@ -162,7 +179,7 @@ def _noting(calls: list[Call], path: str, module: nn.Module) -> AbstractContextM
     def given(value: Tensor) -> None:
         before, after = under_way.pop(), rows_of(value)
         if before is not None and after is not None:
-            calls.append(Call(path, module, before, after))
+            calls.append(Call(path, module, before, after, value.shape[-1]))
 
     taps = [(ModuleTap(module, at_input=True), taken), (ModuleTap(module), given)]
     return attached(taps, last=True)
@@ -182,8 +199,9 @@ class Reading:
 def watch_reading(architecture: Architecture, layers: Sequence[int]) -> dict[int, Reading]:
     """See which key/value head each head reads, in one pass of two tokens.
 
-    In row 2 + i key/value head i is set to zero: the heads whose output is zero then read it. Rows
-    0 and 1 differ in their first token alone, so their second ones must not differ in anything.
+    From row 2 on values are noise, and in row 2 + i those of key/value head i are zero: the heads
+    whose output is zero then read it. Rows 0 and 1 differ in their first token alone, so their
+    second ones must not differ in anything.
 
     Args:
         architecture: The model.
@@ -207,7 +225,7 @@ def watch_reading(architecture: Architecture, layers: Sequence[int]) -> dict[int
 
     def without_one(value: Tensor) -> Tensor:
         count = value.shape[2]
-        changed = value.clone()
+        changed = torch.cat([value[:2], noise_like(value, count)[2:]])
         changed[torch.arange(2, 2 + count), :, torch.arange(count)] = 0
         return changed
 
@@ -265,37 +283,42 @@ def _proven(call: Call, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor] |
         each.to(call.given.device, wide) for each in (call.taken, call.given, weight, bias)
     )
     off = (taken @ weight + bias - given).abs()
-    size = taken.abs() @ weight.abs() + bias.abs() + given.abs()
-    return (weight, bias) if bool((off <= _tolerance(call.given.dtype) * size).all()) else None
+    typical = (taken.square() @ weight.square()).sqrt() + bias.abs() + given.abs()
+    largest = taken.abs() @ weight.abs() + bias.abs() + given.abs()
+    allowed = _tolerance(call.given.dtype) / 2 * typical + _tolerance(torch.float32) * largest
+    return (weight, bias) if bool((off <= allowed).all()) else None
 
 
 def _candidates(call: Call) -> Iterator[tuple[Tensor, Tensor]]:
     """What a module's matrix may be: its weight, either way up, or how it answers a basis."""
     n_in, n_out = call.taken.shape[1], call.given.shape[1]
-    weight, bias = getattr(call.module, "weight", None), getattr(call.module, "bias", None)
+    weight, bias = stored_matrix(call.module), getattr(call.module, "bias", None)
     if not isinstance(bias, Tensor) or bias.shape != (n_out,):
         bias = call.given.new_zeros(n_out)
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
-        if weight.shape == (n_out, n_in):
-            yield weight.detach().mT, bias.detach()
-        if weight.shape == (n_in, n_out):
-            yield weight.detach(), bias.detach()
-    if hasattr(call.module, "in_features"):  # adapters, and weights that are stored packed
-        yield _answers(call, n_in)
+    if weight is not None and weight.shape == (n_out, n_in):
+        yield weight.mT, bias.detach()
+    if weight is not None and weight.shape == (n_in, n_out):
+        yield weight, bias.detach()
+    hidden = getattr(call.module, "weight", None) if weight is None else None
+    shape = tuple(getattr(hidden, "shape", ()))
+    if hasattr(call.module, "in_features") or shape in ((n_in, n_out), (n_out, n_in)):
+        yield _answers(call, n_in)  # adapters, and weights that are packed or offloaded
 
 
 def _answers(call: Call, n_in: int) -> tuple[Tensor, Tensor]:
     """How a module answers the unit vectors, less how it answers zero; and the latter."""
     basis = torch.eye(n_in, device=call.taken.device, dtype=call.taken.dtype)[:, None]
     with torch.no_grad():
-        bias = call.module(torch.zeros_like(basis[:1])).reshape(-1)
-        rows = [call.module(chunk).reshape(len(chunk), -1) for chunk in basis.split(CHUNK)]
+        bias = call.module.forward(torch.zeros_like(basis[:1])).reshape(-1)
+        rows = [call.module.forward(chunk).reshape(len(chunk), -1) for chunk in basis.split(CHUNK)]
     return torch.cat(rows) - bias, bias
 
 
 def _tolerance(dtype: torch.dtype) -> float:
     """Relative rounding that is allowed: sums in a model's dtype, some of them long."""
-    return 16 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    highest = torch.get_float32_matmul_precision() == "highest"
+    least = torch.finfo(torch.float32).eps if highest else TF32_EPS
+    return 16 * max(torch.finfo(dtype).eps, least)
 
 
 # --- Matching -------------------------------------------------------------------------------------
@@ -312,15 +335,15 @@ def find_columns(wanted: Tensor, pool: Tensor) -> Tensor:
         ``[n]``, the index of the nearest column; -1 where none is the same to rounding.
     """
     allowed = _tolerance(wanted.dtype)
-    pool = pool.to(wanted.device).double()
+    pool = exact(pool.to(wanted.device))
     lengths = pool.square().sum(0)
     found = []
-    for chunk in wanted.double().split(CHUNK, dim=1):
+    for chunk in exact(wanted).split(CHUNK, dim=1):
         products = lengths - 2 * chunk.mT @ pool
         nearest = products.argmin(1)
         off = (chunk - pool[:, nearest]).abs().amax(0)
         found.append(torch.where(off <= allowed * chunk.abs().amax(0), nearest, -1))
-    return torch.cat(found)
+    return torch.cat(found).to(wanted.device)
 
 
 def common_scale(wanted: Tensor, pool: Tensor) -> float | None:
@@ -329,7 +352,7 @@ def common_scale(wanted: Tensor, pool: Tensor) -> float | None:
     Returns:
         None where no column of the pool is parallel to one of those wanted.
     """
-    table, columns = pool.to(wanted.device).double(), wanted.double()
+    table, columns = exact(pool.to(wanted.device)), exact(wanted)
     varied = (columns - columns.mean(0)).norm(dim=0)
     column = columns[:, varied.argmax()]
     cosines = (column @ table) / (table.norm(dim=0) * column.norm()).clamp(min=1e-300)
@@ -392,19 +415,22 @@ class _Trace:
     def _through_norm(
         self, call: Call, columns: Tensor, depth: int
     ) -> tuple[Tensor, Tensor] | None:
-        if call.taken.shape != call.given.shape:
-            return None
-        before = self.follow(call.taken[:, columns], depth + 1)
-        if before is None:
+        gain = fit_norm(call.taken, call.given, call.width) if _is_shaped(call) else None
+        before = None if gain is None else self.follow(call.taken[:, columns], depth + 1)
+        if gain is None or before is None:
             return None
         self.normed = True
         if depth == 0:
             return before
-        gain = fit_norm(call.taken, call.given)
-        if gain is None or gain.centred or len(columns) < call.taken.shape[1]:
+        if gain.centred or not call.width == len(columns) == call.taken.shape[1]:
             return None
         scaling = gain.gain.to(before[0])[columns]
         return before[0] * scaling, before[1] * scaling + gain.bias.to(before[0])[columns]
+
+
+def _is_shaped(call: Call) -> bool:
+    """Whether a call could be that of a norm."""
+    return call.taken.shape == call.given.shape and call.taken.shape[1] % call.width == 0
 
 
 def trace_part(watched: Watched, part: str) -> Projection | None:

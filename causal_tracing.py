@@ -36,6 +36,7 @@ from forward_pass import InputError, ModuleTap, Site, SiteError, attached
 from growing_pass import Edit
 from logit_metrics import Metric, make_metric, reads_of
 from model_architecture import Architecture
+from module_devices import exact
 from patching_sweep import patching_sweep
 from sweep_result import SweepResult
 from tokenization import Positions, Prompt, check_ids, encode, resolve_positions, token_strings
@@ -279,7 +280,7 @@ def embedding_std(architecture: Architecture) -> float:
     for start in range(0, embedding.num_embeddings, VOCABULARY_PIECE):
         end = min(start + VOCABULARY_PIECE, embedding.num_embeddings)
         ids = torch.arange(start, end, device=architecture.input_device)
-        rows = embedding(ids[None]).double()
+        rows = exact(embedding(ids[None]))
         count += rows.numel()
         total += float(rows.sum())
         squares += float(rows.square().sum())
@@ -373,7 +374,7 @@ class _Trace:
 
     def __post_init__(self) -> None:
         self.work = Work()
-        self.noised = self.metric(self.base.logits).double().cpu().numpy()
+        self.noised = self.metric(self.base.logits).cpu().double().numpy()
 
     def run(self, max_tokens: int | None, bar: Any) -> np.ndarray:
         """The effects, ``[site, layer, position, sample]``."""
@@ -390,7 +391,7 @@ class _Trace:
             self.architecture, self.base, runs, lambda _runs, logits: self.metric(logits),
             max_tokens=max_tokens, progress=bar.update, work=self.work,
         )  # fmt: skip
-        values = found.double().numpy().reshape(len(cells), samples) - self.noised
+        values = exact(found).numpy().reshape(len(cells), samples) - self.noised
         for (place, _), row in zip(cells, values, strict=True):
             effects[place] = row
         return effects

@@ -19,7 +19,7 @@ the eraser was fitted to (Belrose et al. 2023, theorem 3.1). A non-linear one ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from activation_extraction import extract_batch
-from activation_rows import ActivationRows, rows_of
+from activation_rows import ActivationRows, knows_layers, rows_of
 from array_files import built, open_arrays, write_arrays
+from direction_finding import check_examples
 from extraction_request import make_request
 from forward_pass import InputError, Site, edit
 from linear_probes import Fold, rows_of_texts
@@ -174,11 +175,29 @@ def fit_eraser(
     Raises:
         InputError: they do not fit together, or the labels make no difference.
     """
+    _check_method(method, shrinkage)
     rows = rows_of(activations, None if layer is None else [layer], site=site)
     if rows.values.shape[1] != 1:
         raise InputError(f"an eraser is for one layer; came the layers {rows.layers}")
+    if layer is None and not knows_layers(activations):
+        raise InputError("say which block the array is of: layer=")
+    if rows.head is not None:
+        raise InputError(f"an eraser takes all heads of {rows.site} together; leave out head=")
     plan = make_plan(labels, len(rows.values), task=task, folds=2, controls=0)
     return _fit(rows, 0, plan, np.arange(len(rows.values)), method, shrinkage)
+
+
+def _check_method(method: str, shrinkage: float) -> None:
+    if method not in METHODS:
+        raise InputError(f"method is one of {', '.join(METHODS)}; came {method!r}")
+    if not 0 <= shrinkage <= 1:
+        raise InputError(f"shrinkage must lie in 0..1; came {shrinkage!r}")
+
+
+def _check_reading(texts: Any, reading: Mapping[str, Any]) -> None:
+    check_examples(texts, "texts")
+    if reading.get("head") is not None:
+        raise InputError("an eraser takes all heads of a site together; leave out head=")
 
 
 def _fit(
@@ -190,10 +209,6 @@ def _fit(
     shrinkage: float,
 ) -> ConceptEraser:
     """The eraser fitted to some examples of one layer."""
-    if method not in METHODS:
-        raise InputError(f"method is one of {', '.join(METHODS)}; came {method!r}")
-    if not 0 <= shrinkage <= 1:
-        raise InputError(f"shrinkage must lie in 0..1; came {shrinkage!r}")
     x = torch.from_numpy(rows.values[chosen, place].astype(np.float64))
     labels = plan.labels[chosen]
     z = np.eye(len(plan.classes))[labels] if plan.classes else labels[:, None]
@@ -261,6 +276,9 @@ def erase_concept(
         LayerError: there is no such layer.
         SiteError: the model has no such site.
     """
+    _check_method(method, shrinkage)
+    _check_reading(texts, reading)
+    make_plan(labels, len(texts), task=task, folds=2, controls=0)  # refuse before anything runs
     rows = rows_of_texts(model, tokenizer, texts, [layer], reading)
     return fit_eraser(rows, labels, method=method, shrinkage=shrinkage, task=task)
 
@@ -396,17 +414,20 @@ def check_erasure(
         LayerError: there is no such layer.
         SiteError: the model has no such site.
     """
+    _check_method(method, shrinkage)
+    _check_reading(texts, reading)
     arch = Architecture(model)
     first = arch.resolve(layer)
     plan = make_plan(
         labels, len(texts), task=task, groups=groups, folds=folds, penalty=penalty, controls=0,
         seed=seed,
     )  # fmt: skip
+    splits = plan.splits
     reading = {**reading, "site": site}
     later = [x for x in range(first, arch.n_layers) if not arch.missing(Site(site, x))]
     rows = rows_of_texts(arch, tokenizer, texts, later if first in later else [first], reading)
     before, after = (np.zeros((len(plan.labels), len(rows.layers))) for _ in range(2))
-    for split in plan.splits:
+    for split in splits:
         eraser = _fit(rows, 0, plan, split[0], method, shrinkage)
         with edit(arch, {Site(site, first): eraser}):
             erased = rows_of_texts(arch, tokenizer, texts, rows.layers, reading)

@@ -249,4 +249,4 @@ def _nats(architecture: Architecture, batch: Sequence[Continuation]) -> np.ndarr
         torch.arange(columns)[None]
         >= columns - torch.tensor([len(each.ids) for each in batch])[:, None]
     )
-    return 0.0 - (chosen.double().cpu() * counted).sum(1).numpy()
+    return 0.0 - (chosen.cpu().double() * counted).sum(1).numpy()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from forward_pass import ArchitectureError, evaluate
+from module_devices import exact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +88,7 @@ def later_token_effect(model: nn.Module, body: nn.Module, inputs: Mapping[str, T
     with ExitStack() as stack:
         evaluate(stack, model)
         one, other = (
-            body(**{**inputs, "input_ids": each})[0][:, :-1].double() for each in (ids, changed)
+            exact(body(**{**inputs, "input_ids": each})[0][:, :-1]) for each in (ids, changed)
         )
     difference = float((one - other).abs().max() / one.abs().max().clamp(min=1e-30))
     dtype = next(model.parameters()).dtype

@@ -34,6 +34,7 @@ from activation_record import ActivationRecord
 from extraction_request import Request, make_request
 from forward_pass import InputError, SiteError
 from model_architecture import Architecture, Layer
+from module_devices import exact
 from steering_direction import Direction
 from tokenization import Positions, Prompt, check_ids, encode, is_token_ids, resolve_positions
 
@@ -96,7 +97,7 @@ def erased_direction(positive: Tensor, negative: Tensor) -> Tensor:
         ImportError: the package ``concept-erasure`` is not installed.
         InputError: there are too few examples for a covariance.
     """
-    return _stretched(_fit_leace(positive, negative).proj_left[:, 0].double(), positive, negative)
+    return _stretched(exact(_fit_leace(positive, negative).proj_left[:, 0]), positive, negative)
 
 
 METHODS: dict[str, Method] = {
@@ -257,8 +258,8 @@ def find_directions(
     )
     found = {}
     for place, where in enumerate(request.sites):
-        examples = positive[:, place].double(), negative[:, place].double()
-        vector = torch.as_tensor(find(*examples)).detach().double()
+        examples = exact(positive[:, place]), exact(negative[:, place])
+        vector = exact(torch.as_tensor(find(*examples)).detach())
         _refuse_nothing(vector, examples, architecture, f"{where.name} of layer {where.layer}")
         vector = vector / vector.norm() if normalize else vector
         about = {"site": site, "method": name, "label": label}

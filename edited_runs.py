@@ -33,6 +33,7 @@ from forward_pass import ArchitectureError, InputError, Site, evaluate
 from growing_pass import Edit, edit_rows, put_edit, resume_growing
 from memory_limits import free_bytes, in_batches, in_words, is_out_of_memory
 from model_architecture import Architecture
+from model_shards import smallest
 
 PROBE_TOKENS = 6
 """Tokens on which `abilities` are tried."""
@@ -170,7 +171,7 @@ def default_tokens(architecture: Architecture, base: BaseRun) -> int:
     device = architecture.input_device
     liked = 2**13 if device.type == "cpu" else 2**17
     fitting = int(free_bytes(device) / 2 / _bytes_per_token(architecture, base))
-    return max(min(fitting, liked), base.length)
+    return max(smallest(architecture.model, min(fitting, liked)), base.length)
 
 
 def _bytes_per_token(architecture: Architecture, base: BaseRun) -> float:

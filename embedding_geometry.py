@@ -21,6 +21,7 @@ from activation_rows import EACH, read_rows, rows_of
 from array_files import built, open_arrays, write_arrays
 from forward_pass import ArchitectureError, InputError
 from model_architecture import Architecture, Layer
+from model_shards import whole_weight
 from steering_direction import Direction
 from tokenization import Prompt, token_id, token_strings
 
@@ -136,7 +137,7 @@ def embedding_matrix(model: PreTrainedModel, matrix: str) -> Tensor:
         raise ArchitectureError(
             f"{type(model).__name__} has no {matrix} embedding that is a matrix of numbers"
         )
-    return weight.detach()
+    return whole_weight(weight.detach())
 
 
 def nearest_tokens(
@@ -176,6 +177,8 @@ def nearest_tokens(
     weight = embedding_matrix(model, matrix)
     wanted = _vectors(vectors, weight.shape[1])
     left_out = sorted(set(exclude))
+    if left_out and not 0 <= left_out[0] <= left_out[-1] < len(weight):
+        raise InputError(f"exclude holds token ids, 0..{len(weight) - 1}; came {left_out}")
     if metric not in ("cosine", "dot"):
         raise InputError(f"metric is 'cosine' or 'dot'; came {metric!r}")
     if not 1 <= k <= len(weight) - len(left_out):
@@ -252,7 +255,7 @@ def token_neighbors(
         A `NearestTokens`, one row per token.
 
     Raises:
-        InputError: something is not one token.
+        InputError: something is not one token, or an argument is not known.
         ArchitectureError: the model has no such matrix.
     """
     single = isinstance(tokens, str) or hasattr(tokens, "__index__")
@@ -262,8 +265,10 @@ def token_neighbors(
     config = Architecture(model).config
     own = [token_id(tokenizer, token, config) for token in asked]
     weight = embedding_matrix(model, matrix)
+    if not 1 <= k < len(weight):
+        raise InputError(f"k must lie in 1..{len(weight) - 1}; came {k}")
     found = nearest_tokens(
-        model, tokenizer, weight[own], min(k + 1, len(weight)), metric=metric, matrix=matrix,
+        model, tokenizer, weight[own], k + 1, metric=metric, matrix=matrix,
         labels=token_strings(tokenizer, own),
     )  # fmt: skip
     # itself is the best by cosine only; and where it is not among them, the last one goes

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from module_devices import exact
 from sites import InputError
 
 CHUNK_ENTRIES = 2**24
@@ -103,9 +104,13 @@ class FactoredMatrix:
         Raises:
             InputError: this is a single matrix.
         """
-        if self.left.dim() < 3 or self.right.dim() < 3:
+        stack = self.shape[:-2]
+        if not stack:
             raise InputError("this is one matrix, not a stack; use .left[rows], or .full()")
-        return FactoredMatrix(self.left[index], self.right[index])
+        left, right = (
+            each.expand(*stack, *each.shape[-2:])[index] for each in (self.left, self.right)
+        )
+        return FactoredMatrix(left, right)
 
     # --- Products --------------------------------------------------------------------------------
 
@@ -155,7 +160,7 @@ class FactoredMatrix:
             InputError: the matrix is not square.
         """
         self._require_square("eigenvalues")
-        inner = self.right.double() @ self.left.double()
+        inner = exact(self.right) @ exact(self.left)
         found = torch.linalg.eigvals(inner)
         order = found.abs().argsort(dim=-1, descending=True)
         return found.gather(-1, order)
@@ -202,4 +207,4 @@ class FactoredMatrix:
 
 def _triangle(tall: Tensor) -> Tensor:
     """``R`` with ``Rᵀ R = tallᵀ tall``, in double: what is left of a factor when lengths count."""
-    return torch.linalg.qr(tall.double(), mode="r").R
+    return torch.linalg.qr(exact(tall), mode="r").R

@@ -213,11 +213,11 @@ def attribute_features(
     importance = _exact(arch, base, where, place, target, chosen, made)
     slope = _gradient(arch, base, where, place, made)
     index = torch.tensor(chosen)
-    estimate = ((activation - target) * slope).double().cpu()[index]
+    estimate = ((activation - target) * slope).cpu().double()[index]
     return FeatureAttribution(
         importance=importance,
         gradient=estimate.numpy(),
-        activation=activation.double().cpu()[index].numpy(),
+        activation=activation.cpu().double()[index].numpy(),
         features=tuple(chosen),
         site=site,
         layer=where.layer,
@@ -267,7 +267,7 @@ def _exact(
     metric: Metric,
 ) -> np.ndarray:
     runs = [Run((Edit(where, target[i], place, neuron=i),)) for i in features]
-    left = run_edited(arch, base, runs, lambda _runs, logits: metric(logits).double())
+    left = run_edited(arch, base, runs, lambda _runs, logits: metric(logits).cpu().double())
     return float(metric(base.logits)) - left.numpy()
 
 

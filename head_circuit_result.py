@@ -5,6 +5,7 @@ Each result is immutable, and can be tabulated, drawn and kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -65,6 +66,34 @@ def _as_lists(value: Any) -> Any:
 
 def _as_tuples(value: Any) -> Any:
     return tuple(_as_tuples(each) for each in value) if isinstance(value, list) else value
+
+
+def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Tables that differ on their first axis, such as layers with unlike heads, as one; NaN behind.
+
+    Args:
+        rows: ``[head, …]`` for each layer.
+    """
+    table = np.full((len(rows), max(map(len, rows)), *rows[0].shape[1:]), np.nan)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return table
+
+
+def head_place(head: str, layers: Sequence[int], heads: int) -> tuple[int, int]:
+    """Row and column of a head (``"4.2"``) in a table of layer × head.
+
+    Raises:
+        InputError: there is no such head.
+    """
+    layer, _, index = str(head).partition(".")
+    known = layer.isdecimal() and int(layer) in layers
+    if not known or not index.isdecimal() or int(index) >= heads:
+        raise InputError(
+            f"no head {head!r}: write 'layer.head', with a layer out of {list(layers)} and a head "
+            f"0..{heads - 1}"
+        )
+    return list(layers).index(int(layer)), int(index)
 
 
 # --- One number per head --------------------------------------------------------------------------
@@ -158,15 +187,8 @@ class CompositionScores(Kept):
         values = self.values[self.kinds.index(kind)]
         if reader is None:
             return values
-        layer, _, head = str(reader).partition(".")
-        heads = self.values.shape[2]
-        known = layer.isdigit() and int(layer) in self.layers
-        if not known or not head.isdigit() or int(head) >= heads:
-            raise InputError(
-                f"no head {reader!r}: write 'layer.head', with a layer out of {list(self.layers)} "
-                f"and a head 0..{heads - 1}"
-            )
-        return values[:, :, self.layers.index(int(layer)), int(head)]
+        row, head = head_place(reader, self.layers, self.values.shape[2])
+        return values[:, :, row, head]
 
     def to_frame(self) -> pd.DataFrame:
         """One row per kind and pair: ``kind, writer, reader, value, above_chance``."""

@@ -32,9 +32,11 @@ from head_circuit_result import (
     CompositionScores,
     HeadDirections,
     HeadScores,
+    padded,
 )
-from head_weights import HeadWeights, all_head_weights, head_weights
+from head_weights import HeadWeights, all_head_weights, each_head_weights, head_weights
 from model_architecture import Architecture, Layer
+from model_shards import whole_weight
 from norm_gain import final_norm_gain
 from tokenization import token_id, token_strings
 
@@ -80,7 +82,7 @@ def _checked(architecture: Architecture, weight: Any, name: str) -> Tensor:
             f"the {name} of {type(architecture.model).__name__} is no [vocab, {width}] matrix of "
             f"the residual stream's width; came {came}"
         )
-    return weight.detach()
+    return whole_weight(weight.detach())
 
 
 def _chunks(weight: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
@@ -119,7 +121,7 @@ def _overlap(left: Tensor, right: Tensor) -> Tensor:
 
 def copying_scores(
     architecture: Architecture,
-    layers: Sequence[Layer] | None = None,
+    layers: Sequence[Layer] | Layer | None = None,
     *,
     circuit: str = "ov",
     fold_norm: bool = False,
@@ -149,31 +151,22 @@ def copying_scores(
     starts = embedding(architecture)
     ends = unembedding(architecture) if circuit == "ov" else starts
     middle = _overlap(ends, starts)  # [d_model written, d_model read]
-    if circuit == "ov" and fold_norm:
-        middle = _written_through(architecture, True, middle.mT).mT
-    found = all_head_weights(architecture, layers, fold_norm=fold_norm)
-    rows = []
-    for weights in found:
+    norm = final_norm_gain(architecture) if circuit == "ov" and fold_norm else None
+    middle = middle if norm is None else norm.fold_into(middle)
+    shares: dict[int, np.ndarray] = {}
+    for weights in each_head_weights(architecture, layers, fold_norm=fold_norm):
         product = weights.ov() if circuit == "ov" else weights.qk()
         inside = FactoredMatrix(middle.to(product.left) @ product.left, product.right)
-        rows.append(_positive_share(inside.eigenvalues()))
+        shares[weights.layer] = _positive_share(inside.eigenvalues())
     what = "copying" if circuit == "ov" else "matching"
     name = f"{what} score ({circuit.upper()}, −1 to 1)"
-    return HeadScores(_padded(rows), tuple(w.layer for w in found), name, fold_norm)
+    return HeadScores(padded(list(shares.values())), tuple(shares), name, fold_norm)
 
 
 def _positive_share(eigenvalues: Tensor) -> np.ndarray:
     moduli = eigenvalues.abs().sum(-1)
     share = eigenvalues.real.sum(-1) / moduli.clamp(min=1e-300)
     return share.cpu().numpy()
-
-
-def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of different lengths, NaN behind the shorter."""
-    table = np.full((len(rows), max(map(len, rows))), np.nan)
-    for line, row in zip(table, rows, strict=True):
-        line[: len(row)] = row
-    return table
 
 
 def _check_circuit(circuit: str) -> None:
@@ -187,7 +180,7 @@ def _check_circuit(circuit: str) -> None:
 def composition_scores(
     architecture: Architecture,
     kinds: str | Sequence[str] = KINDS,
-    layers: Sequence[Layer] | None = None,
+    layers: Sequence[Layer] | Layer | None = None,
     *,
     fold_norm: bool = False,
 ) -> CompositionScores:
@@ -268,8 +261,9 @@ def circuit_tokens(
 
     ``ov``: where the head looks at a source token with weight 1, it adds ``W_E W_V W_O W_U`` of it
     to the logits (before the final norm divides). ``qk``: the score ``W_E W_Q W_Kᵀ W_Eᵀ`` with
-    which a source token looks at a target token, of equal positions. Biases are left out. Elhage
-    et al. (2021), "Interpreting the full OV and QK circuits".
+    which a source token looks at a target token, of equal positions (before the model divides by
+    √d_head). Biases are left out, and the model's multipliers of embeddings, queries, values and
+    logits. Elhage et al. (2021), "Interpreting the full OV and QK circuits".
 
     Args:
         architecture: The model.
@@ -292,7 +286,10 @@ def circuit_tokens(
     ends = unembedding(architecture) if circuit == "ov" else starts
     if not 1 <= k <= len(ends):
         raise InputError(f"k is 1 to {len(ends)} tokens; came {k}")
-    asked = None if tokens is None else _token_ids(architecture, tokenizer, tokens)
+    asked = None
+    if tokens is not None:
+        ids = token_ids_of(architecture, tokenizer, tokens, "the whole vocabulary")
+        asked = torch.tensor(ids)
     product = _circuit(architecture, layer, index, circuit, fold_norm)
     rows = starts if asked is None else starts[asked.to(starts.device)]
     left = torch.cat(
@@ -307,12 +304,13 @@ def circuit_tokens(
     else:
         values, targets = whole.full().topk(k, dim=1)
         sources = asked[:, None].expand_as(targets)
+    source_ids, target_ids = sources.cpu().numpy().copy(), targets.cpu().numpy()
     return CircuitTokens(
         values=values.cpu().numpy(),
-        source_ids=sources.cpu().numpy().copy(),
-        target_ids=targets.cpu().numpy(),
-        sources=_texts(tokenizer, sources),
-        targets=_texts(tokenizer, targets),
+        source_ids=source_ids,
+        target_ids=target_ids,
+        sources=texts_of(tokenizer, source_ids),
+        targets=texts_of(tokenizer, target_ids),
         head=f"{layer}.{index}",
         circuit=circuit,
         folded=fold_norm,
@@ -337,25 +335,36 @@ def _head(architecture: Architecture, head: Any) -> tuple[int, int]:
     return node.layer, node.head
 
 
-def _token_ids(
+def token_ids_of(
     architecture: Architecture,
     tokenizer: PreTrainedTokenizerBase | None,
     tokens: Sequence[str | int] | str | int,
-) -> Tensor:
-    single = isinstance(tokens, str) or not isinstance(tokens, Sequence | Tensor | np.ndarray)
-    several: Any = [tokens] if single else tokens
+    default: str,
+) -> list[int]:
+    """Ids of one token or several, each a text of one token or an id.
+
+    Args:
+        architecture: The model.
+        tokenizer: For texts.
+        tokens: What was asked for.
+        default: What None would mean, for messages.
+
+    Raises:
+        InputError: one is no single token, or there is none.
+    """
+    one = isinstance(tokens, str) or not isinstance(tokens, Sequence | Tensor | np.ndarray)
+    several: Any = [tokens] if one else tokens
     if not len(several):
-        raise InputError(
-            "there is no source token in an empty list; None means the whole vocabulary"
-        )
-    return torch.tensor([token_id(tokenizer, each, architecture.config) for each in several])
+        raise InputError(f"there is no token in an empty list; None means {default}")
+    return [token_id(tokenizer, each, architecture.config) for each in several]
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase | None, ids: Tensor) -> Any:
-    """Token ids of any shape as nested tuples of text."""
-    if ids.dim() == 1:
-        return tuple(token_strings(tokenizer, ids.tolist()))
-    return tuple(_texts(tokenizer, row) for row in ids)
+def texts_of(tokenizer: PreTrainedTokenizerBase | None, ids: np.ndarray) -> Any:
+    """Token ids of any shape as nested tuples of text; nothing for -1."""
+    if ids.ndim == 1:
+        texts = token_strings(tokenizer, [max(int(i), 0) for i in ids])
+        return tuple(text if i >= 0 else "" for text, i in zip(texts, ids, strict=True))
+    return tuple(texts_of(tokenizer, row) for row in ids)
 
 
 def head_directions(
@@ -417,7 +426,7 @@ def head_directions(
         written=written.cpu().numpy().copy(),
         values=best.values.cpu().numpy(),
         token_ids=best.indices.cpu().numpy(),
-        tokens=_texts(tokenizer, best.indices),
+        tokens=texts_of(tokenizer, best.indices.cpu().numpy()),
         head=f"{layer}.{index}",
         circuit=circuit,
         folded=fold_norm,

@@ -14,7 +14,7 @@ Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +36,8 @@ from attention_projections import (
 from factored_matrix import FactoredMatrix
 from forward_pass import InputError, Site, SiteError
 from model_architecture import Architecture, Layer
+from model_shards import require_whole
+from module_devices import exact
 from norm_gain import NormGain, norms_before_attention
 
 if TYPE_CHECKING:
@@ -88,7 +90,10 @@ class HeadWeights:
     gated: bool = False
     """Whether something (a gate, a norm) changes z between attention and ``W_O``."""
     output_normed: bool = False
-    """Whether a norm lies between the output projection and the stream (Gemma 2, OLMo 2)."""
+    """Whether a norm lies between the output projection and the stream (Gemma 2, OLMo 2).
+
+    Also where it cannot be seen what attention adds: blocks that return a norm of the sum.
+    """
     folded: bool = False
     """Whether the norm before attention is in the weights: they then act on ``x / scale(x)``."""
     modules: tuple[str, ...] = ()
@@ -134,6 +139,9 @@ class HeadWeights:
 
     def ov(self, head: int | None = None) -> FactoredMatrix:
         """``W_V W_O [d_model, d_model]``: what a head moves, from the token read to its output.
+
+        Less biases, gates and norms, and what the model multiplies values (`scales`) or attention's
+        output by.
 
         Args:
             head: Which; None is all, as a stack.
@@ -250,7 +258,10 @@ def head_weights(
 
 
 def all_head_weights(
-    architecture: Architecture, layers: Sequence[Layer] | None = None, *, fold_norm: bool = False
+    architecture: Architecture,
+    layers: Sequence[Layer] | Layer | None = None,
+    *,
+    fold_norm: bool = False,
 ) -> list[HeadWeights]:
     """The weights of several blocks' heads, found together.
 
@@ -266,17 +277,35 @@ def all_head_weights(
         LayerError: there is no such block.
         SiteError: a block has no heads, or its weights could not be proven.
     """
+    return list(each_head_weights(architecture, layers, fold_norm=fold_norm))
+
+
+def each_head_weights(
+    architecture: Architecture,
+    layers: Sequence[Layer] | Layer | None = None,
+    *,
+    fold_norm: bool = False,
+) -> Iterator[HeadWeights]:
+    """As `all_head_weights`, one block after the other: those of one exist at a time.
+
+    Args:
+        architecture: The model.
+        layers: Blocks, in any spelling; None is all that have heads.
+        fold_norm: See `head_weights`.
+
+    Raises:
+        LayerError: there is no such block.
+        SiteError: a block has no heads, or its weights could not be proven.
+    """
     chosen = layers_with_heads(architecture, layers)
     watched = watch_attention(architecture, chosen)
     readings = watch_reading(architecture, chosen)
     norms = norms_before_attention(architecture, chosen) if fold_norm else dict.fromkeys(chosen)
-    found = []
     for layer in chosen:
         raw = _assemble(architecture, layer, watched.pop(layer), readings[layer])
         norm = norms[layer]
         raw = raw if norm is None else _folded(raw, norm)
-        found.append(replace(raw, folded=fold_norm))
-    return found
+        yield replace(raw, folded=fold_norm)
 
 
 def output_weights(architecture: Architecture, layers: Sequence[int]) -> dict[int, OutputWeights]:
@@ -294,24 +323,32 @@ def output_weights(architecture: Architecture, layers: Sequence[int]) -> dict[in
     model = type(architecture.model).__name__
     found = {}
     for layer in layers:
-        out, bias, normed = _output(model, layer, watched[layer])
+        out, bias, normed = _output(model, layer, watched.pop(layer))
         found[layer] = OutputWeights(out, bias, readings[layer].kv_of_head, normed)
     return found
 
 
-def layers_with_heads(architecture: Architecture, layers: Sequence[Layer] | None) -> list[int]:
+def layers_with_heads(
+    architecture: Architecture, layers: Sequence[Layer] | Layer | None
+) -> list[int]:
     """Blocks whose heads are asked for, checked before anything is run on them.
 
     Args:
         architecture: The model.
-        layers: In any spelling; None is all that have heads.
+        layers: One or several, in any spelling; None is all that have heads.
 
     Raises:
         LayerError: there is no such block.
         SiteError: a block has no heads, or none was asked for.
+        ArchitectureError: the model is split over several processes.
     """
-    if layers is not None and len(layers):
-        chosen = [architecture.resolve(layer) for layer in layers]
+    require_whole(architecture.model, "reading the weights of heads")
+    if layers is not None:
+        one = isinstance(layers, str) or not hasattr(layers, "__len__")
+        several: Any = [layers] if one else layers
+        chosen = [architecture.resolve(layer) for layer in several]
+        if not chosen:
+            raise SiteError("there is no layer in an empty list; None means all that have heads")
         for layer in chosen:
             why = _no_heads(architecture, layer)
             if why:
@@ -319,8 +356,8 @@ def layers_with_heads(architecture: Architecture, layers: Sequence[Layer] | None
         return list(dict.fromkeys(chosen))
     reasons = [_no_heads(architecture, layer) for layer in range(architecture.n_layers)]
     chosen = [layer for layer, why in enumerate(reasons) if why is None]
-    if not chosen or layers is not None:
-        raise SiteError(reasons[0] or "no layer was asked for; None means all that have heads")
+    if not chosen:
+        raise SiteError(reasons[0])
     return chosen
 
 
@@ -352,8 +389,8 @@ def _assemble(
     return HeadWeights(
         layer,
         **by_part,
-        W_O=out,
-        b_O=b_out,
+        W_O=out.clone(),
+        b_O=b_out.clone(),
         kv_of_head=reading.kv_of_head,
         scales=(traced["query"].scale, traced["key"].scale, traced["value"].scale),
         normed=tuple(part for part in PARTS if traced[part].normed),
@@ -389,10 +426,10 @@ def _output(model: str, layer: int, watched: Watched) -> tuple[Tensor, Tensor, b
 
 def _parallel(given: Tensor, written: Tensor) -> bool:
     """Whether one is a multiple of the other (a residual multiplier), to rounding."""
-    a, b = given.double().flatten(), written.double().flatten()
+    a, b = exact(given), exact(written)
+    factor = (a * b).sum() / a.square().sum().clamp(min=1e-300)
     rounding = max(torch.finfo(given.dtype).eps, torch.finfo(torch.float32).eps)
-    cosine = a @ b / (a.norm() * b.norm()).clamp(min=1e-300)
-    return bool(1 - cosine.abs() <= 64 * rounding)
+    return bool((b - factor * a).abs().max() <= 8 * rounding * b.abs().max())
 
 
 def _folded(raw: HeadWeights, norm: NormGain) -> HeadWeights:

@@ -34,17 +34,18 @@ from forward_pass import (
     recording,
     take_positions,
 )
-from head_circuits import through_vocabulary, unembedding
+from head_circuit_result import padded
+from head_circuits import texts_of, through_vocabulary, token_ids_of, unembedding
 from head_weights import OutputWeights, layers_with_heads, output_weights
 from head_writing_result import HeadWrites, WeightedPatterns
 from model_architecture import Architecture, Layer
+from module_devices import exact
 from norm_gain import NormGain, final_norm_gain, norm_gains
 from tokenization import (
     Prompt,
     check_ids,
     encode,
     resolve_positions,
-    token_id,
     token_strings,
 )
 
@@ -59,7 +60,7 @@ def value_weighted_patterns(
     architecture: Architecture,
     tokenizer: PreTrainedTokenizerBase | None,
     prompt: Prompt,
-    layers: Sequence[Layer] | None = None,
+    layers: Sequence[Layer] | Layer | None = None,
 ) -> WeightedPatterns:
     """Attention patterns times the length of what each token's value writes.
 
@@ -89,6 +90,12 @@ def value_weighted_patterns(
         found = kept.pop(Site("attn_pattern", layer))[0, :, :, :length].float().cpu().numpy()
         patterns[row, : len(found)] = found
         values = kept.pop(Site("value", layer))[0]
+        if values.shape[-1] != weights[layer].W_O.shape[1]:
+            raise SiteError(
+                f"in layer {layer} of {type(architecture.model).__name__} the values have "
+                f"{values.shape[-1]} numbers and the output projection takes "
+                f"{weights[layer].W_O.shape[1]} per head, so no value has a length of its own"
+            )
         lengths[row, : len(found)] = _lengths(values, weights[layer]).cpu().numpy()
     return WeightedPatterns(patterns, lengths, tuple(chosen), tuple(token_strings(tokenizer, ids)))
 
@@ -109,10 +116,28 @@ class _Point:
 
     z: dict[int, Tensor] = field(default_factory=dict)
     """By layer, ``[head, d_value]``."""
+    added: dict[int, Tensor] = field(default_factory=dict)
+    """By layer, ``[d_model]``: what attention added to the stream."""
     around: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
     """What norms took and gave, ``[d_model]`` each."""
     stream: Tensor | None = None
+    head: Tensor | None = None
+    """What the output embedding gave, ``[vocab]``; None where the model does not call it."""
     logits: Tensor | None = None
+
+    def of_norm(self, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """What a norm took and gave.
+
+        Raises:
+            SiteError: it did not run exactly once.
+        """
+        seen = self.around.get(norm, [])
+        if len(seen) != 2:
+            raise SiteError(
+                f"a {type(norm).__name__} through which heads are read ran {len(seen) // 2} times "
+                "in one pass, not once, so its scale cannot be held"
+            )
+        return seen[0], seen[1]
 
 
 @torch.no_grad()
@@ -123,7 +148,7 @@ def head_writes(
     targets: Sequence[str | int] | str | int | None = None,
     *,
     position: int = -1,
-    layers: Sequence[Layer] | None = None,
+    layers: Sequence[Layer] | Layer | None = None,
     k: int = 5,
 ) -> HeadWrites:
     """Each head's direct effect on logits, and the tokens that its output says.
@@ -132,6 +157,8 @@ def head_writes(
     its scale held) goes through the final norm, its scale held at its value on this prompt, and the
     unembedding: the logit lens of one head's part of the stream (nostalgebraist 2020; Elhage et
     al. 2021, "direct paths"). The output projection's bias belongs to no head.
+
+    In every block it is checked that heads and bias add up to what attention added on this prompt.
 
     Args:
         architecture: The model.
@@ -160,7 +187,9 @@ def head_writes(
         why = architecture.missing(Site("attn_out", layer))
         if why:
             raise SiteError(why)
-    asked = None if targets is None else _targets(architecture, tokenizer, targets)
+    asked = None
+    if targets is not None:
+        asked = token_ids_of(architecture, tokenizer, targets, "the model's best token")
     weights = output_weights(architecture, chosen)
     norms = _norms(architecture, weights)
     point = _read_point(architecture, ids, place, chosen, list(norms))
@@ -171,14 +200,14 @@ def head_writes(
         _of_layer(unembed, wanted, k, _to_stream(architecture, layer, weights[layer], norms, point))
         for layer in chosen
     ]
-    values, lengths, best, places = (_padded(list(each)) for each in zip(*rows, strict=True))
+    values, lengths, best, places = (padded(list(each)) for each in zip(*rows, strict=True))
     best_ids = np.where(np.isnan(places), -1, places).astype(np.int64)
     return HeadWrites(
         values=values,
         lengths=lengths,
         top_values=best,
         top_ids=best_ids,
-        top_tokens=_texts(tokenizer, best_ids),
+        top_tokens=texts_of(tokenizer, best_ids),
         targets=tuple(token_strings(tokenizer, wanted)),
         logits=tuple(point.logits[wanted].tolist()),
         layers=tuple(chosen),
@@ -186,19 +215,6 @@ def head_writes(
         position=place,
         before_cap=unembed.before_cap,
     )
-
-
-def _targets(
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase | None,
-    targets: Sequence[str | int] | str | int,
-) -> list[int]:
-    several: Any = (
-        [targets] if isinstance(targets, str) or hasattr(targets, "__index__") else targets
-    )
-    if not len(several):
-        raise InputError("there is no target in an empty list; None is the model's best token")
-    return [token_id(tokenizer, each, architecture.config) for each in several]
 
 
 def _writer(architecture: Architecture, layer: int) -> nn.Module:
@@ -245,14 +261,19 @@ def _read_point(
 
     with ExitStack() as stack:
         evaluate(stack, architecture.model)
-        sites = [*(Site("head_out", layer) for layer in layers), last]
+        sites = [Site(name, layer) for layer in layers for name in ("head_out", "attn_out")]
+        sites.append(last)
         kept = stack.enter_context(recording(architecture, sites, index))
         for norm in norms:
             taps = [(ModuleTap(norm, at_input=True), keep(norm)), (ModuleTap(norm), keep(norm))]
             stack.enter_context(attached(taps, last=True))
+        head: Any = architecture.model.get_output_embeddings()
+        stack.enter_context(attached([(ModuleTap(head), keep(head))], last=True))
         inputs = architecture.inputs(torch.tensor([ids]))
         point.logits = architecture.model(**inputs, use_cache=False).logits[0, place]
     point.z = {layer: kept[Site("head_out", layer)][0, 0] for layer in layers}
+    point.added = {layer: kept[Site("attn_out", layer)][0, 0] for layer in layers}
+    point.head = next(iter(point.around.pop(head, [])), None)
     point.stream = kept[last][0, 0]
     return point
 
@@ -266,11 +287,26 @@ def _to_stream(
 ) -> Tensor:
     """What each head of a block adds to the residual stream, ``[head, d_model]``."""
     written = torch.einsum("hd,hdm->hm", point.z[layer].to(weights.W_O), weights.W_O)
+    parts = torch.cat([written, weights.b_O[None]])
     if weights.normed:
-        norm = _writer(architecture, layer)
-        taken, given = point.around[norm]
-        written = norms[norm].linear(written) * norms[norm].factor(taken, given)
-    return written * architecture.structure[layer].scale
+        module = _writer(architecture, layer)
+        norm, (taken, given) = norms[module], point.of_norm(module)
+        parts = norm.linear(parts) * norm.factor(taken, given)
+        parts[-1] += norm.bias.to(parts)
+    parts = parts * architecture.structure[layer].scale
+    added = point.added[layer].reshape(-1).to(parts)
+    off = float((parts.sum(0) - added).abs().max())
+    if not off <= _rounding(point.added[layer]) * float(parts.abs().sum(0).max()):
+        raise SiteError(
+            f"the heads of layer {layer} of {type(architecture.model).__name__} do not add up to "
+            "what attention adds to the stream, so something unknown is between"
+        )
+    return parts[:-1]
+
+
+def _rounding(*tensors: Tensor) -> float:
+    """Relative rounding to allow for in numbers that a model made, in the widest of its dtypes."""
+    return 16 * max(torch.finfo(each.dtype).eps for each in (*tensors, torch.ones(())))
 
 
 class _Unembed:
@@ -289,32 +325,15 @@ class _Unembed:
         straight = point.stream.to(torch.promote_types(matrix.dtype, torch.float32))
         final = architecture.final_norm
         if final is not None:
-            taken, given = point.around[final]
+            taken, given = point.of_norm(final)
             self.norm = norms[final]
             self.factor = self.norm.factor(taken, given)
             straight = given.to(straight)
         bias = getattr(architecture.model.get_output_embeddings(), "bias", None)
-        plain = through_vocabulary(matrix, straight[None])[0].double()
+        plain = exact(through_vocabulary(matrix, straight[None])[0])
         plain = plain if bias is None else plain + bias.detach().to(plain)
-        logits = point.logits.to(plain)
-        self.scale = float(plain @ logits / (plain @ plain).clamp(min=1e-300))
-        rounding = 256 * max(torch.finfo(point.logits.dtype).eps, torch.finfo(torch.float32).eps)
-        off = float((logits - self.scale * plain).abs().max())
-        self.before_cap = off > rounding * float(logits.abs().max())
-        if self.before_cap:
-            self._require_cap(architecture, plain, logits)
-            self.scale = 1.0
-
-    def _require_cap(self, architecture: Architecture, plain: Tensor, logits: Tensor) -> None:
-        """Refuse logits that do not rise with the head's own numbers: they are no soft-cap."""
-        order = plain.argsort()
-        steps = logits[order].diff()
-        rounding = 256 * max(torch.finfo(self.matrix.dtype).eps, torch.finfo(torch.float32).eps)
-        if not bool((steps >= -rounding * logits.abs().max()).all()):
-            raise SiteError(
-                f"the logits of {type(architecture.model).__name__} are not what its head makes of "
-                "the final norm's output, so a part of the stream cannot be read through it"
-            )
+        model = type(architecture.model).__name__
+        self.scale, self.before_cap = _bend(model, plain, point)
 
     def __call__(self, parts: Tensor) -> Tensor:
         """``[part, d_model]`` to logits added, ``[part, vocab]``."""
@@ -322,6 +341,46 @@ class _Unembed:
             parts = self.norm.linear(parts) * self.factor.to(self.norm.gain)
         wide = torch.promote_types(self.matrix.dtype, torch.float32)
         return self.scale * through_vocabulary(self.matrix, parts.to(wide))
+
+
+def _bend(model: str, plain: Tensor, point: _Point) -> tuple[float, bool]:
+    """What the model makes of its head's numbers: a factor, or a soft-cap (factor 1, and True).
+
+    Args:
+        model: Its class, for messages.
+        plain: The head's numbers as computed here, ``[vocab]``, float64.
+        point: With what the head gave, and the logits.
+
+    Raises:
+        SiteError: they are no function of the head's numbers that rises.
+    """
+    assert point.logits is not None
+    logits, head = point.logits.to(plain), plain
+    rounding = _rounding(point.logits, point.logits if point.head is None else point.head)
+    if point.head is not None:
+        head = point.head.to(plain)
+        same = head.shape == plain.shape == logits.shape
+        if not same or bool((head - plain).abs().max() > rounding * plain.abs().max()):
+            raise SiteError(_no_way(model))
+    scale = float(head @ logits / (head @ head).clamp(min=1e-300))
+    off = (logits - scale * head).abs()
+    if point.head is None:
+        straight = bool(off.max() <= rounding * logits.abs().max())
+    else:
+        straight = bool((off <= rounding / 4 * logits.abs()).all())
+    if straight:
+        return scale, False
+    steps = logits[head.argsort()].diff()
+    if not bool((steps >= -rounding * logits.abs().max()).all()):
+        raise SiteError(_no_way(model))
+    return 1.0, True
+
+
+def _no_way(model: str) -> str:
+    return (
+        f"the logits of {model} are not what its head makes of the final norm's output, so a part "
+        "of the stream cannot be read through it"
+    )
 
 
 def _of_layer(
@@ -334,22 +393,5 @@ def _of_layer(
     best = torch.stack([end.values for end in ends], dim=1)
     places = torch.stack([end.indices for end in ends], dim=1)
     found = (added[:, wanted], written.norm(dim=-1), best, places)
-    first, second, third, fourth = (each.double().cpu().numpy() for each in found)
+    first, second, third, fourth = (each.cpu().double().numpy() for each in found)
     return first, second, third, fourth
-
-
-def _padded(rows: list[np.ndarray]) -> np.ndarray:
-    """Stack tables whose first axes differ; NaN behind the shorter."""
-    most = max(map(len, rows))
-    table = np.full((len(rows), most, *rows[0].shape[1:]), np.nan)
-    for line, row in zip(table, rows, strict=True):
-        line[: len(row)] = row
-    return table
-
-
-def _texts(tokenizer: PreTrainedTokenizerBase | None, ids: np.ndarray) -> Any:
-    """Token ids of any shape as nested tuples of text; nothing for -1."""
-    if ids.ndim == 1:
-        texts = token_strings(tokenizer, [max(int(i), 0) for i in ids])
-        return tuple(text if i >= 0 else "" for text, i in zip(texts, ids, strict=True))
-    return tuple(_texts(tokenizer, row) for row in ids)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from forward_pass import InputError
-from head_circuit_result import Kept
+from head_circuit_result import Kept, head_place
 from token_labels import axis_labels, can_draw
 
 if TYPE_CHECKING:
@@ -54,14 +53,7 @@ class WeightedPatterns(Kept):
         Raises:
             InputError: there is no such head.
         """
-        layer, _, index = head.partition(".")
-        known = layer.isdigit() and int(layer) in self.layers
-        if not known or not index.isdigit() or int(index) >= self.patterns.shape[1]:
-            raise InputError(
-                f"no head {head!r}: write 'layer.head', with a layer out of {list(self.layers)} "
-                f"and a head 0..{self.patterns.shape[1] - 1}"
-            )
-        place = self.layers.index(int(layer)), int(index)
+        place = head_place(head, self.layers, self.patterns.shape[1])
         return self.patterns[place] * (self.lengths[place] if weighted else 1)
 
     def to_frame(self) -> pd.DataFrame:

@@ -13,9 +13,10 @@ already (records, arrays). One probe per layer, in cross-validation:
    gives each *type* (a group, a token) another type's label at random. Whoever scores high on it
    memorizes types. Score less control score is the selectivity, both on folds that split a type's
    examples between training and test, as in the paper. The paper draws labels independently; here
-   the types' own labels are shuffled, so that classes keep their sizes.
+   the types' own labels are shuffled where each type has one, so that classes keep their sizes.
 4. Permuted labels give the p-value (b + 1)/(m + 1) (Phipson & Smyth 2010). Where all examples of a
-   group have one label, whole groups change labels; else labels change within groups.
+   group have one label, whole groups change labels; else labels change within groups (a group of
+   one label keeps it then). Folds follow the permuted labels, as they do the true ones.
 
 That a probe can read something does not say that the model uses it: compare with patching, and see
 `concept_eraser`.
@@ -31,9 +32,10 @@ import numpy as np
 from tqdm import tqdm
 
 from activation_rows import EACH, REST, ActivationRows, read_rows, rows_of
+from direction_finding import check_examples
 from forward_pass import InputError
 from model_architecture import Layer
-from probe_plan import ProbePlan, Split, make_plan, numbered
+from probe_plan import ProbePlan, Split, check_types, make_plan, numbered
 from probe_result import CLASSIFICATION, REGRESSION, ProbeResult
 from tokenization import Prompt
 
@@ -84,8 +86,8 @@ def train_probes(
         LayerError: there is no such layer.
         SiteError: the model has no such site.
     """
-    if not isinstance(texts, str):
-        make_plan(labels, len(texts), **options)  # before anything runs
+    check_examples(texts, "texts")
+    _ = make_plan(labels, len(texts), **options).splits  # refuse before anything runs
     reading = {"read": read, "at": at, "site": site, "head": head, "batch_size": batch_size}
     rows = rows_of_texts(model, tokenizer, texts, layers, reading)
     return fit_probes(rows, labels, **options)
@@ -137,7 +139,8 @@ def fit_probes(
         task: ``"classification"`` or ``"regression"`` instead of going by the labels' type.
         groups: One name per example: examples of one group stay on one side of a split.
         types: One name per example, for the control task; ``"token"`` takes the token that was
-            read; None the groups, or each example by itself.
+            read; None the groups, or each example by itself (which nothing can memorize: such a
+            control scores what chance does).
         folds: Parts of the cross-validation; each class needs an example, or a group, in two.
         penalty: Of L2, on standardised activations: ``alpha`` of Ridge, ``1 / C`` of the logistic
             regression.
@@ -247,7 +250,10 @@ def _types(rows: ActivationRows, plan: ProbePlan) -> np.ndarray:
         return plan.types
     if "" in rows.tokens or len(rows.tokens) != len(rows.values):
         raise InputError("types='token' needs one token per example: give names instead")
-    return numbered(list(rows.tokens))[0]
+    found = numbered(list(rows.tokens))[0]
+    if plan.controls:
+        check_types(found)
+    return found
 
 
 class _Study:
@@ -261,13 +267,13 @@ class _Study:
     def result(self) -> ProbeResult:
         """Run everything, layer by layer."""
         plan, rows = self.plan, self.rows
-        control_labels = [self._shuffled(self.types, True) for _ in range(plan.controls)]
-        null_labels = [self._shuffled(plan.groups, False) for _ in range(plan.permutations)]
+        controls = [plan.control_labels(self.types, self.rng) for _ in range(plan.controls)]
+        permuted = [plan.permuted(self.rng) for _ in range(plan.permutations)]
         parts: dict[str, list[Any]] = {}
         hidden = not sys.stderr.isatty()
         for place in tqdm(range(len(rows.layers)), desc="probe", unit="layer", disable=hidden):
             x = rows.values[:, place].astype(np.float64)
-            for name, value in self._layer(x, control_labels, null_labels).items():
+            for name, value in self._layer(x, controls, permuted).items():
                 parts.setdefault(name, []).append(value)
         arrays: Any = {name: np.array(values) for name, values in parts.items()}
         return ProbeResult(
@@ -278,7 +284,10 @@ class _Study:
         )  # fmt: skip
 
     def _layer(
-        self, x: np.ndarray, control_labels: list[np.ndarray], null_labels: list[np.ndarray]
+        self,
+        x: np.ndarray,
+        control_labels: list[np.ndarray],
+        permuted: list[tuple[np.ndarray, list[Split]]],
     ) -> dict[str, Any]:
         plan = self.plan
         how: Any = (plan.task, plan.penalty)
@@ -288,6 +297,10 @@ class _Study:
             shared = [Fold(x, split) for split in plan.shared_splits]
         predictions, each, score = held_out(folds, plan.labels, *how)
         controls = [held_out(shared, labels, *how)[2] for labels in control_labels]
+        null = []
+        for labels, splits in permuted:
+            anew = folds if splits is plan.splits else [Fold(x, split) for split in splits]
+            null.append(held_out(anew, labels, *how)[2])
         everything = np.arange(len(x))
         weights, intercepts = Fold(x, (everything, everything)).probe(plan.labels, *how)
         return {
@@ -295,7 +308,7 @@ class _Study:
             "fold_scores": each,
             "shared_scores": score if shared is folds else held_out(shared, plan.labels, *how)[2],
             "control": np.mean(controls) if controls else np.nan,
-            "null": np.array([held_out(folds, labels, *how)[2] for labels in null_labels]),
+            "null": np.array(null),
             "predictions": predictions,
             "weights": weights,
             "intercepts": intercepts,
@@ -307,27 +320,3 @@ class _Study:
             return x.mean(0, keepdims=True)
         labels = self.plan.labels
         return np.stack([x[labels == place].mean(0) for place in range(len(self.plan.classes))])
-
-    def _shuffled(self, units: np.ndarray | None, by_unit: bool) -> np.ndarray:
-        """Labels that have nothing to do with the examples any more.
-
-        ``by_unit`` gives every unit one label (its most frequent, or mean, one), and shuffles these
-        among units; else labels change among units only where each has one, and within them if not.
-        """
-        labels = self.plan.labels
-        if units is None:
-            return self.rng.permutation(labels)
-        of_unit = {unit: labels[units == unit] for unit in np.unique(units)}
-        if not by_unit and any(np.ptp(own) for own in of_unit.values()):
-            found = labels.copy()
-            for unit, own in of_unit.items():
-                found[units == unit] = self.rng.permutation(own)
-            return found
-        one = np.array([self._typical(own) for own in of_unit.values()])
-        given = dict(zip(of_unit, self.rng.permutation(one), strict=True))
-        return np.array([given[unit] for unit in units])
-
-    def _typical(self, labels: np.ndarray) -> float:
-        if not self.plan.classes:
-            return float(labels.mean())
-        return float(np.bincount(labels.astype(int)).argmax())

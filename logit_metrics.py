@@ -32,6 +32,7 @@ from torch import Tensor
 
 from forward_pass import InputError
 from lens_metrics import rank_of
+from module_devices import exact
 from tokenization import token_id, token_strings
 
 if TYPE_CHECKING:
@@ -181,9 +182,9 @@ def _measure(
 ) -> Callable[[Tensor], Tensor]:
     if name == "distance":
         other = corrupted if base is clean or torch.equal(base, clean) else clean
-        apart = (base[0, -1].double() - other[0, -1].double()).norm()
+        apart = (exact(base[0, -1]) - exact(other[0, -1])).norm()
         return lambda logits: _distance(logits[:, -1], base[0, -1], apart)
-    log_p = clean[0, -1].double().log_softmax(-1)
+    log_p = exact(clean[0, -1]).log_softmax(-1)
     measures: dict[str, Callable[[Tensor], Tensor]] = {
         "logit_diff": lambda z: z[:, answer] - z[:, foil],
         "logit": lambda z: z[:, answer],
@@ -208,5 +209,5 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _distance(logits: Tensor, base: Tensor, apart: Tensor) -> Tensor:
     """Share of the way to the other run; 0 where the two runs do not differ at all."""
-    moved = (logits.double() - base.double().to(logits.device)).norm(dim=-1)
+    moved = (exact(logits) - exact(base.to(logits.device))).norm(dim=-1)
     return (moved / apart if float(apart) else torch.zeros_like(moved)).to(logits.dtype)

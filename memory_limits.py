@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -31,6 +32,18 @@ MESSAGES = (
     "cudnn_status_alloc_failed",
 )
 """What a RuntimeError says, in small letters, that is about memory."""
+
+
+_shared: WeakSet[torch.nn.Module] = WeakSet()
+
+
+def share_passes(model: torch.nn.Module) -> None:
+    """Note that other processes take part in every pass of a model.
+
+    While such a model lives no batch is halved: in the others it would stay whole, and they would
+    wait for one another for ever.
+    """
+    _shared.add(model)
 
 
 class SmallerBatchWarning(UserWarning):
@@ -70,7 +83,8 @@ def in_batches(
         Each batch that was run, in order, and its result.
 
     Raises:
-        NotEnoughMemoryError: a batch of one does not fit.
+        NotEnoughMemoryError: a batch of one does not fit, or any while `share_passes` forbids
+            halves.
     """
     limit: float = float("inf")
     for whole in batches:
@@ -86,6 +100,8 @@ def in_batches(
                 yield batch, done
                 continue
             _give_back()
+            if len(_shared):
+                raise NotEnoughMemoryError(_shared_advice(len(batch), unit)) from done.error
             if not half:
                 told = "" if needs is None else needs(batch)
                 message = _advice(f"one of the {unit} alone", told)
@@ -120,6 +136,14 @@ def _give_back() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def _shared_advice(count: int, unit: str) -> str:
+    return (
+        f"{count} {unit} at a time do not fit into memory, and no batch of a model that is split "
+        "over processes is halved by one of them: give them all a smaller batch_size (or "
+        "max_tokens), or shorten the text"
+    )
 
 
 def _advice(what: str, needed: str) -> str:

@@ -38,9 +38,12 @@ from attention_analysis import (
     head_summary,
 )
 from attention_result import AttentionPatterns, HeadRanking, HeadSummary
+from attribution_patching import attribution_patching, attribution_sweeps
+from attribution_sweep import AttributionSweep
 from causal_tracing import trace_subject
 from comparison_result import ModelComparison
 from concept_eraser import ConceptEraser, ErasureResult, check_erasure, erase_concept
+from direct_attribution import logit_attribution
 from direction_finding import find_direction
 from embedding_geometry import (
     GeometryResult,
@@ -51,6 +54,7 @@ from embedding_geometry import (
 )
 from feature_attribution import compute_feature_attribution
 from generation import decode_text, generate
+from gradient_attribution import attribute_tokens
 from head_circuit_result import (
     KINDS,
     CircuitTokens,
@@ -76,6 +80,7 @@ from lens_reports import (
     read_record,
 )
 from linear_probes import train_probes
+from logit_attribution import LogitAttribution
 from logit_lens import LogitLens
 from memory_estimate import MemoryEstimate, estimate_memory
 from model_architecture import Layer
@@ -91,6 +96,7 @@ from steering import generate_with_steering
 from steering_direction import Direction
 from steering_sweep import COEFFICIENTS, SteeringSweep, steering_sweep
 from sweep_result import SweepResult
+from token_attribution import TokenAttribution
 from tokenization import Positions, Prompt, encode, token_strings
 from trace_result import CausalTrace
 
@@ -370,7 +376,9 @@ class ModelAnalyzer:
         """
         return head_weights(self.architecture, layer, fold_norm=fold_norm)
 
-    def copying_scores(self, layers: Sequence[Layer] | None = None, **options: Any) -> HeadScores:
+    def copying_scores(
+        self, layers: Sequence[Layer] | Layer | None = None, **options: Any
+    ) -> HeadScores:
         """Whether each head says the token that it looks at, by its weights: −1 to 1.
 
         ``circuit="qk"`` asks whether it looks for its own token. See
@@ -426,6 +434,22 @@ class ModelAnalyzer:
         See `head_writing.head_writes`.
         """
         return head_writes(self.architecture, self.tokenizer, prompt, targets, **options)
+
+    def logit_attribution(
+        self,
+        prompt: Prompt,
+        tokens: Sequence[str | int] | str | int | None = None,
+        against: Sequence[str | int] | str | int | None = None,
+        positions: Positions = -1,
+        **options: Any,
+    ) -> LogitAttribution:
+        """A logit, or a difference of two, as an exact sum over heads, MLPs (neurons) and biases.
+
+        See `direct_attribution.logit_attribution`.
+        """
+        return logit_attribution(
+            self.architecture, self.tokenizer, prompt, tokens, against, positions, **options
+        )
 
     # --- Patching --------------------------------------------------------------------------------
 
@@ -510,6 +534,37 @@ class ModelAnalyzer:
             self.model, self.tokenizer, clean_prompt, corrupted_prompt, site, **options
         )
 
+    def attribution_patching(
+        self,
+        clean_prompt: Any,
+        corrupted_prompt: Any,
+        site: str = "resid_pre",
+        **options: Any,
+    ) -> AttributionSweep:
+        """Every cell of a patching sweep, to first order, from two forwards and one backward.
+
+        ``exact=True`` puts the sweep's own numbers and their correlation beside the estimates.
+        See `attribution_patching.attribution_sweeps` for the options.
+        """
+        return attribution_patching(
+            self.model, self.tokenizer, clean_prompt, corrupted_prompt, site, **options
+        )
+
+    def attribution_sweeps(
+        self,
+        clean_prompt: Any,
+        corrupted_prompt: Any,
+        sites: Sequence[str] = ("head_out", "mlp_out"),
+        **options: Any,
+    ) -> dict[str, AttributionSweep]:
+        """The same for several sites, from the same passes.
+
+        See `attribution_patching.attribution_sweeps`.
+        """
+        return attribution_sweeps(
+            self.model, self.tokenizer, clean_prompt, corrupted_prompt, sites, **options
+        )
+
     def patch_paths(
         self,
         clean_prompt: Any,
@@ -565,6 +620,25 @@ class ModelAnalyzer:
         """
         return compute_feature_attribution(
             self.model, self.tokenizer, prompt, layer_name, position, n_features, **options
+        )
+
+    def attribute_tokens(
+        self,
+        prompt: Prompt,
+        method: str = "integrated_gradients",
+        targets: Any = None,
+        target_positions: Positions = -1,
+        **options: Any,
+    ) -> TokenAttribution:
+        """How much each token of a prompt speaks for what is predicted after it, signed.
+
+        ``method`` is ``"saliency"``, ``"gradient_x_input"``, ``"integrated_gradients"``,
+        ``"smoothgrad"``, ``"occlusion"``, ``"attention_rollout"`` or ``"gradient_attention"``;
+        ``metric``, ``against``, ``baseline``, ``n_steps`` and more may follow.
+        See `gradient_attribution.attribute_tokens`.
+        """
+        return attribute_tokens(
+            self.model, self.tokenizer, prompt, method, targets, target_positions, **options
         )
 
     # --- Steering --------------------------------------------------------------------------------

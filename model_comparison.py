@@ -23,6 +23,8 @@ from forward_pass import InputError, Site, record
 from logit_lens import CHUNK_VALUES, LogitLens
 from model_architecture import Architecture
 from model_loader import ModelSource, load_model
+from model_shards import whole_weight
+from module_devices import exact
 from similarity import BATCH_ROWS, CKAMeter
 from tokenization import Prompt, check_ids, encode, token_strings
 
@@ -160,15 +162,15 @@ class _Meter:
             kept = record(arch, arch.inputs(torch.tensor([ids])), self.sites)
             streams.append([kept[site][0] for site in self.sites])
         for row, (a, b) in enumerate(zip(*streams, strict=True)):
-            self._distances(row, a.double().cpu(), b.double().cpu())
+            self._distances(row, a.cpu().double(), b.cpu().double())
             if self.lenses:
                 self._lens(row, a, b)
         self.tokens += len(ids)
         for side, stream in enumerate(streams):
             table = torch.stack([x.float().cpu() for x in stream], 1).numpy()
             self.waiting[side] = np.concatenate([self.waiting[side], table])
-        if len(self.waiting[0]) >= BATCH_ROWS:
-            self._flush()
+        while len(self.waiting[0]) >= 2 * BATCH_ROWS:
+            self._flush(BATCH_ROWS)
 
     def _distances(self, row: int, a: Tensor, b: Tensor) -> None:
         self.sums["change"][row] += float((b - a).square().sum())
@@ -189,17 +191,21 @@ class _Meter:
                 for lens, x in zip(self.lenses, (a, b), strict=True)
             )
             kl = torch.linalg.vecdot(p.exp(), p - q).clamp(min=0)
-            self.sums["kl"][row] += float(kl.double().sum())
+            self.sums["kl"][row] += float(exact(kl).sum())
             self.sums["same"][row] += int((p.argmax(-1) == q.argmax(-1)).sum())
 
-    def _flush(self) -> None:
-        if len(self.waiting[0]) >= 4:
-            self.cka.add(*self.waiting)
-        self.waiting = [part[:0] for part in self.waiting]
+    def _flush(self, rows: int) -> None:
+        """Add the first of the rows that wait, as one minibatch."""
+        self.cka.add(*(part[:rows] for part in self.waiting))
+        self.waiting = [part[rows:] for part in self.waiting]
 
     def result(self, texts: int, weights: WeightChanges | None) -> ModelComparison:
         """What was found."""
-        self._flush()
+        left = len(self.waiting[0])
+        if left > BATCH_ROWS:  # two halves: minibatches count alike, so none should be small
+            self._flush(left // 2)
+        if left >= 4:
+            self._flush(len(self.waiting[0]))
         sums, none = self.sums, np.full(len(self.sites), np.nan)
         size = np.where(sums["size"] > 0, sums["size"], np.nan)
         return ModelComparison(
@@ -252,9 +258,9 @@ def compare_weights(model: PreTrainedModel, other: PreTrainedModel) -> WeightCha
             unmatched.append(name)
             continue
         a = weight.float()
-        change = float((counterpart.to(a.device).float() - a).double().norm())
+        change = float(exact(counterpart.to(a.device).float() - a).norm())
         layer, part = _place(arch, name)
-        found[name] = layer, part, float(a.double().norm()), change, weight.numel()
+        found[name] = layer, part, float(exact(a).norm()), change, weight.numel()
     if not found:
         raise InputError("the two models have no parameter in common, by name and shape")
     layers, parts, norms, changes, sizes = zip(*found.values(), strict=True)
@@ -278,7 +284,7 @@ def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     }
     for name, parameter in model.named_parameters():
         owner = next((path for path in adapters if name.startswith(f"{path}.")), None)
-        value = parameter.detach()
+        value = whole_weight(parameter.detach())
         if owner is not None:
             leaf = name.removeprefix(f"{owner}.")
             if not leaf.startswith("base_layer."):

@@ -15,22 +15,26 @@ transformers' modeling code.
 
 from __future__ import annotations
 
-import difflib
-import gc
-import sys
 from collections.abc import Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from block_finding import text_config
+from checkpoints import (
+    ModelLoadError,
+    auto_class,
+    import_modeling,
+    locate,
+    read_config,
+    read_tokenizer,
+    read_weights,
+)
 from decoder_check import refuse_encoder, refuse_encoder_decoder
 from forward_pass import InputError
 from model_architecture import Architecture, Layer
@@ -74,10 +78,6 @@ ModelSource: TypeAlias = "str | Path | PreTrainedModel"
 """A folder, a hub id, or a model that is already loaded."""
 
 
-class ModelLoadError(OSError):
-    """A model that cannot be loaded; the message says what was expected and what to do."""
-
-
 # --- Loading --------------------------------------------------------------------------------------
 
 
@@ -101,6 +101,10 @@ def usable_device(device: str | torch.device | None = None) -> torch.device:
     return wanted
 
 
+PLACING = ("device_map", "distributed_config", "tp_plan", "tp_size")
+"""Arguments of ``from_pretrained`` that say where the parts of a model lie."""
+
+
 def load_model(
     source: ModelSource = DEMO_MODEL,
     device: str | torch.device | None = None,
@@ -115,13 +119,14 @@ def load_model(
     Args:
         source: A local folder, a hub id, or a live model, which is used as it is (of what
             ``torch.compile`` returned, the model inside).
-        device: Where the model shall lie; None picks CUDA, then MPS, then CPU. Not with
-            ``device_map``.
+        device: Where the model shall lie; None picks CUDA, then MPS, then CPU. Not with what
+            says where its parts lie (`PLACING`).
         head: With False the base model without its language-model head is loaded.
         tokenizer: Used instead of the one beside the model.
         load_tokenizer: With False, and no ``tokenizer``, None is returned in its place.
         **loading: For ``from_pretrained``: ``dtype``, ``device_map``, ``revision``,
-            ``quantization_config``, ``attn_implementation``, ``trust_remote_code``, …
+            ``quantization_config``, ``attn_implementation``, ``trust_remote_code``, …; under
+            ``torchrun`` also ``tp_plan="auto"`` or ``distributed_config`` (see `model_shards`).
 
     Returns:
         The model and the tokenizer.
@@ -133,20 +138,22 @@ def load_model(
     """
     if not isinstance(source, str | Path):
         return _live_model(source, device, tokenizer, load_tokenizer, loading)
-    if loading.get("device_map") is None:
+    placed = [name for name in PLACING if loading.get(name) is not None]
+    if not placed:
         target = usable_device(device)
     elif device is not None:
+        what = placed[0].removeprefix("device_")
         raise InputError(
-            "give device= or device_map=, not both: the map says where every part lies"
+            f"give device= or {placed[0]}=, not both: the {what} says where every part lies"
         )
     else:
         target = None
-    place, options = _locate(source, loading)
-    config = _load_config(place, options)
+    place, options = locate(source, loading)
+    config = read_config(place, options)
     refuse_encoder_decoder(config, f"{place} ({config.model_type})")
     if load_tokenizer and tokenizer is None:
-        tokenizer = _load_tokenizer(place, options)
-    model = _load_weights(place, config, head, target, {**loading, **options}).eval()
+        tokenizer = read_tokenizer(place, options)
+    model = read_weights(place, config, head, target, {**loading, **options}).eval()
     _require_decoder(model)
     return model, tokenizer
 
@@ -183,7 +190,7 @@ def _live_model(
         and model.name_or_path
         and Path(model.name_or_path).is_dir()
     ):
-        tokenizer = _load_tokenizer(model.name_or_path, {"local_files_only": True})
+        tokenizer = read_tokenizer(model.name_or_path, {"local_files_only": True})
     return model, tokenizer
 
 
@@ -199,154 +206,6 @@ def _require_live(model: PreTrainedModel) -> None:
         raise InputError(
             f"a model is a folder, a hub id or a live PreTrainedModel, not {type(model).__name__}"
         )
-
-
-def _locate(source: str | Path, loading: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The folder or hub id, and the options that config, tokenizer and weights share."""
-    options: dict[str, Any] = {
-        name: loading[name]
-        for name in ("revision", "token", "cache_dir", "subfolder")
-        if name in loading
-    }
-    options["trust_remote_code"] = loading.get("trust_remote_code", False)
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / loading.get("subfolder", "") / "config.json").is_file():
-            raise ModelLoadError(
-                f"{folder} is a folder without config.json, so it holds no Hugging Face model; "
-                "save one there with model.save_pretrained(folder) "
-                "and tokenizer.save_pretrained(folder)"
-            )
-        return str(folder), {**options, "local_files_only": True}
-    if folder.is_file():
-        raise ModelLoadError(
-            f"{folder} is a file; give the folder that holds config.json and the weights"
-        )
-    text = str(source)
-    if isinstance(source, Path) or text.startswith((".", "/", "~", "\\")) or text.count("/") > 1:
-        raise ModelLoadError(f"there is no folder {folder}{_nearest_folder(folder)}")
-    return text, {
-        **options,
-        **({"local_files_only": True} if loading.get("local_files_only") else {}),
-    }
-
-
-def _nearest_folder(folder: Path) -> str:
-    if not folder.parent.is_dir():
-        return f" (nor {folder.parent})"
-    siblings = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
-    near = difflib.get_close_matches(folder.name, siblings, n=1, cutoff=0.4)
-    return f"; did you mean {folder.parent / near[0]}?" if near else ""
-
-
-def _load_config(place: str, options: dict[str, Any]) -> Any:
-    try:
-        return transformers.AutoConfig.from_pretrained(place, **options)
-    except (OSError, ValueError, KeyError) as err:
-        where = place if Path(place).is_dir() else f"{place} (no folder here, so taken as a hub id)"
-        raise ModelLoadError(
-            f"cannot read the config of {where}: {_first_line(err)}{_remedy(err)}"
-        ) from err
-
-
-def _remedy(err: BaseException) -> str:
-    """What to do about a model that brings code of its own."""
-    asks = "trust_remote_code" in str(err)
-    return "; if you trust that code, pass trust_remote_code=True" if asks else ""
-
-
-def _load_tokenizer(place: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
-        # without files some classes make an empty tokenizer, which finds no token in any text
-        if set(tokenizer.get_vocab()) <= set(tokenizer.get_added_vocab()):
-            raise ValueError("it holds no vocabulary (no tokenizer.json or the like)")
-    except Exception as err:  # the tokenizers library raises bare Exceptions
-        raise ModelLoadError(
-            f"cannot load a tokenizer from {place}: {_first_line(err)}; pass tokenizer=, or save "
-            "one there with tokenizer.save_pretrained(folder), or pass load_tokenizer=False and "
-            f"give token ids instead of text{_remedy(err)}"
-        ) from err
-    return tokenizer
-
-
-def _import_modeling() -> None:
-    """Import the part of transformers under every model class, the cycle collector held back.
-
-    The objects of these 1,500 modules live as long as the process. The collector would go through
-    all of them three times meanwhile: a sixth of the time in which a small model is ready.
-    """
-    if "transformers.modeling_utils" in sys.modules or not gc.isenabled():
-        return
-    gc.disable()
-    try:
-        import_module("transformers.modeling_utils")
-    finally:
-        if gc.get_freeze_count() == 0:
-            gc.freeze()  # the two together make everything old,
-            gc.unfreeze()  # without a look at it; nothing stays frozen
-        gc.enable()
-
-
-def _auto_class(config: Any, head: bool) -> Any:
-    """The automatic class that knows a config: with a head also those that read images beside text.
-
-    Args:
-        config: The model's config.
-        head: Whether the language-model head is wanted.
-    """
-    if not head:
-        return transformers.AutoModel
-    readers = transformers.AutoModelForImageTextToText
-    text_only = type(config) in transformers.AutoModelForCausalLM._model_mapping
-    with_images = not text_only and type(config) in readers._model_mapping
-    return readers if with_images else transformers.AutoModelForCausalLM
-
-
-def _load_weights(
-    place: str, config: Any, head: bool, device: torch.device | None, loading: dict[str, Any]
-) -> PreTrainedModel:
-    """The model on ``device`` (None: where ``device_map`` says), no weight of it made up."""
-    _import_modeling()
-    kind = _auto_class(config, head)
-    own = getattr(config, "quantization_config", None)
-    quantized = own is not None or loading.get("quantization_config") is not None
-    if quantized and device is not None:  # a quantized model cannot be moved afterwards
-        loading, device = {**loading, "device_map": {"": device}}, None
-    try:
-        loaded: Any = kind.from_pretrained(
-            place, config=config, output_loading_info=True, **loading
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as err:
-        raise ModelLoadError(f"cannot load the weights of {place}: {_first_line(err)}") from err
-    except SafetensorError as err:
-        raise ModelLoadError(
-            f"the weights of {place} are broken or truncated: {_first_line(err)}"
-        ) from err
-    except UnpicklingError as err:
-        raise ModelLoadError(
-            f"the weights of {place} are broken: no PyTorch file of plain tensors"
-        ) from err
-    model, info = loaded
-    _refuse_random_weights(place, model, info)
-    return model if device is None else model.to(device)
-
-
-def _refuse_random_weights(place: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
-    lacking = sorted({*info["missing_keys"], *mismatched})
-    if not lacking:
-        return
-    headless = "; if it holds a model without a head, load that: load_for_generation=False"
-    raise ModelLoadError(
-        f"the checkpoint {place} lacks {len(lacking)} weights of {type(model).__name__} "
-        f"({', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}), or has them in another "
-        f"shape; they would be random numbers{'' if model.base_model is model else headless}"
-    )
-
-
-def _first_line(err: BaseException) -> str:
-    return str(err).strip().split("\n")[0]
 
 
 # --- Inspection -----------------------------------------------------------------------------------
@@ -374,7 +233,7 @@ class ModelInspector:
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._model: PreTrainedModel | None = None
         if isinstance(model_path, str | Path):
-            self.config = _load_config(*_locate(model_path, loading))
+            self.config = read_config(*locate(model_path, loading))
         else:
             self._model = unwrap(model_path)
             _require_live(self._model)
@@ -404,12 +263,12 @@ class ModelInspector:
             ModelLoadError: it cannot be loaded.
         """
         if self._model is None:
-            device = None if "device_map" in self._loading else self.device
+            device = None if set(PLACING) & set(self._loading) else self.device
             self._model, self.tokenizer = load_model(
                 self.model_path, device, load_tokenizer=load_tokenizer, **self._loading
             )
         elif load_tokenizer and self.tokenizer is None and isinstance(self.model_path, str | Path):
-            self.tokenizer = _load_tokenizer(*_locate(self.model_path, self._loading))
+            self.tokenizer = read_tokenizer(*locate(self.model_path, self._loading))
         return self._model, self.tokenizer
 
     @property
@@ -421,8 +280,8 @@ class ModelInspector:
     def _empty(self) -> PreTrainedModel:
         """The model's modules on the meta device: shapes, no weights."""
         refuse_encoder_decoder(self.config, f"{self.model_path} ({self.config.model_type})")
-        _import_modeling()
-        kind = _auto_class(self.config, self._loading.get("head", True))
+        import_modeling()
+        kind = auto_class(self.config, self._loading.get("head", True))
         with torch.device("meta"):
             return kind.from_config(
                 self.config, trust_remote_code=self._loading.get("trust_remote_code", False)

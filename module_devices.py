@@ -3,6 +3,8 @@
 With ``device_map`` accelerate keeps offloaded weights on the meta device, which holds no values,
 and fetches them for each call. Whoever reads ``weight.device`` then gets a device on which nothing
 can be put. Accelerate's hook on the module says where the call takes place.
+
+`exact` is the one way to float64: Apple's GPU has none.
 """
 
 from __future__ import annotations
@@ -11,7 +13,28 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+WITHOUT_FLOAT64 = frozenset({"mps"})
+"""Kinds of device that know no float64 at all."""
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """A tensor in float64: where it lies, or on the CPU where its device has no float64."""
+    there = tensor.device.type not in WITHOUT_FLOAT64
+    return tensor.double() if there else tensor.cpu().double()
+
+
+def stored_matrix(module: nn.Module) -> Tensor | None:
+    """A module's weight, if it is a matrix whose numbers can be read where it lies.
+
+    None where it is packed (quantized), held in parts by several processes, or offloaded.
+    """
+    weight = getattr(module, "weight", None)
+    plain = isinstance(weight, nn.Parameter) and type(weight.data) is Tensor
+    if isinstance(weight, Tensor) and (plain or type(weight) is Tensor) and not weight.is_meta:
+        return weight.detach() if weight.is_floating_point() and weight.dim() == 2 else None
+    return None
 
 
 def compute_device(module: nn.Module) -> torch.device:

@@ -18,12 +18,19 @@ from torch import Tensor, nn
 
 from forward_pass import Hook, ModuleTap, Site, SiteError, attached, evaluate, recording
 from model_architecture import Architecture
+from module_devices import exact
 
 ROWS = 32
 """Vectors that are fed."""
 
 SIZE = 30.0
 """Standard deviation of their entries: beside it, the epsilon under a norm's root is nothing."""
+
+EPSILONS = (0.0, 1e-8, 1e-6, 1e-5, 1e-3)
+"""What may stand under a norm's root beside the mean square."""
+
+FITS = 8
+"""Roundings by which a norm's output may differ from the formula."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +56,7 @@ class NormGain:
 
         By least squares over d_model, so it includes whatever epsilon the norm has.
         """
-        straight = self.linear(taken).double()
+        straight = exact(self.linear(taken))
         moved = given.to(straight) - self.bias.to(straight)
         length = straight.square().sum(-1, keepdim=True)
         return (moved * straight).sum(-1, keepdim=True) / length.clamp(min=1e-300)
@@ -60,34 +67,52 @@ class NormGain:
         return folded - folded.mean(-2, keepdim=True) if self.centred else folded
 
 
-def fit_norm(taken: Tensor, given: Tensor) -> NormGain | None:
+def fit_norm(taken: Tensor, given: Tensor, width: int | None = None) -> NormGain | None:
     """Gain and bias of a norm, from vectors before and after it.
 
     Args:
-        taken: ``[row, d_model]``, noise much larger than the norm's epsilon, at least 8 rows.
+        taken: ``[row, d_model]``, noise, at least 8 rows; where its square is not far above the
+            epsilon under the norm's root, that must be one of `EPSILONS`.
         given: The same after the norm, in the model's dtype.
+        width: Entries over which the scale is taken, where a row holds several such groups (a norm
+            of each head); None is all of them.
 
     Returns:
-        None where these numbers are not those of a root-mean-square or layer norm.
+        None where these numbers are not those of a root-mean-square or layer norm; of the two, the
+        one that fits better.
     """
+    x, y = (exact(each).unflatten(-1, (-1, width or each.shape[-1])) for each in (taken, given))
+    fits = [_fit(x, y, centred, least) for centred in (False, True) for least in EPSILONS]
+    error, gain, bias, centred = min(fits, key=lambda fit: fit[0])
     eps = max(torch.finfo(given.dtype).eps, torch.finfo(torch.float32).eps)
-    x, y = taken.double(), given.double()
-    for centred in (False, True):
-        moved = x - x.mean(-1, keepdim=True) if centred else x
-        unit = moved / moved.square().mean(-1, keepdim=True).sqrt()
-        spread = unit - unit.mean(0)
-        gain = (spread * y).sum(0) / spread.square().sum(0)
-        bias = (y - gain * unit).mean(0)
-        error = (y - gain * unit - bias).abs().max()
-        if bool(error <= 64 * eps * y.abs().max()):
-            small = bias.abs() <= 64 * eps * y.abs().amax(0)
-            return NormGain(gain, torch.where(small, 0.0, bias), centred)
-    return None
+    if not error <= FITS * eps:
+        return None
+    return NormGain(gain.flatten(), bias.flatten(), centred)
+
+
+def _fit(x: Tensor, y: Tensor, centred: bool, epsilon: float) -> tuple[float, Tensor, Tensor, bool]:
+    """Largest error relative to the largest ``y``, gain and bias ``[group, width]``."""
+    moved = x - x.mean(-1, keepdim=True) if centred else x
+    unit = moved / (moved.square().mean(-1, keepdim=True) + epsilon).sqrt().clamp(min=1e-300)
+    spread = unit - unit.mean(0)
+    gain = (spread * y).sum(0) / spread.square().sum(0).clamp(min=1e-300)
+    bias = (y - gain * unit).mean(0)
+    off = y - gain * unit - bias
+    chance = off.square().mean().sqrt() * (6 / len(x) ** 0.5)
+    if bool(bias.abs().max() <= chance + 1e-9 * y.abs().max()):
+        bias = torch.zeros_like(bias)
+    error = float(off.abs().max() / y.abs().max().clamp(min=1e-300))
+    return error, gain, bias, centred
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator of random numbers on the CPU."""
+    return torch.Generator().manual_seed(seed)
 
 
 def noise_like(value: Tensor, seed: int, size: float = 1.0) -> Tensor:
     """Normal noise of a tensor's shape, each row with a mean of its own, on its device."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     rows = value.reshape(-1, value.shape[-1]).shape
     noise = torch.randn(rows, generator=generator)
     noise = noise + 0.5 * torch.randn(rows[0], 1, generator=generator)

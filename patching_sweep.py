@@ -219,7 +219,7 @@ class _Sweep:
             for row in rows[chosen].unique().tolist():
                 mine = rows[chosen] == row
                 metric: Any = self.metrics[numbers[row]]
-                values[mine] = metric(logits[mine.to(logits.device)]).double().cpu()
+                values[mine] = metric(logits[mine.to(logits.device)]).cpu().double()
             return values
 
         found = run_edited(

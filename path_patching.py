@@ -237,7 +237,7 @@ class _PathStudy:
             self.passes += 1
             unread = len(base.read) - logits.shape[1]
             before = base.logits[:, :unread].expand(len(logits), -1, -1)
-            found = measured.metric(torch.cat([before.to(logits), logits], 1)).double().cpu()
+            found = measured.metric(torch.cat([before.to(logits), logits], 1)).cpu().double()
             for plan, value in zip(batch, found.tolist(), strict=True):
                 values[plan.number] = value - measured.base
             bar.update(len(batch))

@@ -1,7 +1,7 @@
 """What a study of probes is asked for: labels, groups, types and folds, checked before it runs.
 
 `make_plan` brings labels into numbers and refuses what cannot be measured; `ProbePlan` holds them,
-and the folds that follow.
+with what follows from them: the folds, the labels of control tasks, and permuted labels.
 """
 
 from __future__ import annotations
@@ -52,15 +52,67 @@ class ProbePlan:
 
     @cached_property
     def splits(self) -> list[Split]:
-        """The folds, groups kept whole; each training part knows every class."""
-        return self._split(self.groups)
+        """The folds, groups kept whole; each training part knows every class.
+
+        Raises:
+            InputError: it cannot be had.
+        """
+        found = self._split(self.groups, self.labels)
+        for train, test in found:
+            lost = sorted(set(self.labels[test]) - set(self.labels[train])) if self.classes else []
+            if lost or not len(test):
+                what = f"class {self.classes[int(lost[0])]!r}" if lost else "a fold"
+                raise InputError(
+                    f"with {self.folds} folds {what} would be tested without training examples: "
+                    "give more groups of each class, or another number of folds"
+                )
+        return found
 
     @cached_property
     def shared_splits(self) -> list[Split]:
         """The folds without regard to groups."""
-        return self.splits if self.groups is None else self._split(None)
+        return self.splits if self.groups is None else self._split(None, self.labels)
 
-    def _split(self, groups: np.ndarray | None) -> list[Split]:
+    def control_labels(self, types: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """``[example]``: labels at random, the same for all examples of a type.
+
+        Where each type has one label these are shuffled among types, so that classes keep their
+        number of types; else each type gets that of an example drawn at random. Of classes there
+        are at least two.
+        """
+        first, place = np.unique(types, return_index=True, return_inverse=True)[1:]
+        own = self.labels[first]
+        while True:
+            pure = bool((own[place] == self.labels).all())
+            given = rng.permutation(own if pure else self.labels)[: len(first)]
+            if not self.classes or np.ptp(given):
+                return given[place]
+
+    def permuted(self, rng: np.random.Generator) -> tuple[np.ndarray, list[Split]]:
+        """Labels as likely as the true ones if activations say nothing of them, and their folds.
+
+        Folds are stratified by the labels, so they go with them. Without groups, classes change
+        places within each fold, which leaves it as it is. With groups of one label each, whole
+        groups change labels and new folds are made; else labels change within groups.
+        """
+        labels = self.labels
+        if self.groups is None and not self.classes:
+            return rng.permutation(labels), self.splits
+        units = self.groups
+        if units is None:
+            units = np.empty(len(labels), dtype=int)
+            for number, (_, test) in enumerate(self.splits):
+                units[test] = number
+        first, place = np.unique(units, return_index=True, return_inverse=True)[1:]
+        if self.groups is not None and (labels[first][place] == labels).all():
+            found = rng.permutation(labels[first])[place]
+            return found, self._split(self.groups, found)
+        found = labels.copy()
+        for unit in range(len(first)):
+            found[place == unit] = rng.permutation(labels[place == unit])
+        return found, self.splits
+
+    def _split(self, groups: np.ndarray | None, labels: np.ndarray) -> list[Split]:
         from sklearn.model_selection import (
             GroupKFold,
             KFold,
@@ -76,16 +128,7 @@ class ProbePlan:
         }
         maker: Any = makers[self.task, groups is not None]
         splitter = maker(self.folds, shuffle=True, random_state=self.seed)
-        found = list(splitter.split(self.labels[:, None], self.labels, groups))
-        for train, test in found:
-            lost = sorted(set(self.labels[test]) - set(self.labels[train])) if self.classes else []
-            if lost or not len(test):
-                what = f"class {self.classes[int(lost[0])]!r}" if lost else "a fold"
-                raise InputError(
-                    f"with {self.folds} folds {what} would be tested without training examples: "
-                    "give more groups of each class, or another number of folds"
-                )
-        return found
+        return list(splitter.split(labels[:, None], labels, groups))
 
 
 def make_plan(
@@ -139,10 +182,25 @@ def make_plan(
         type_ids = numbered(_column(types, count, "types"))[0]
     else:
         type_ids = np.arange(count) if group_ids is None else group_ids
+    if controls and type_ids is not None:
+        check_types(type_ids)
     return ProbePlan(
         kind, numbers, classes, group_ids, type_ids, folds, float(penalty), controls,
         permutations, seed,
     )  # fmt: skip
+
+
+def check_types(types: np.ndarray) -> None:
+    """Refuse types that are all the same.
+
+    Raises:
+        InputError: they are.
+    """
+    if not np.ptp(types):
+        raise InputError(
+            "all examples are of one type, so a control task cannot label types at random: give "
+            "types=, or controls=0"
+        )
 
 
 def _column(values: Any, count: int, name: str) -> list[Any]:

@@ -271,7 +271,7 @@ class ProbeResult:
             InputError: the width differs.
         """
         row = self._row(layer)
-        x = torch.as_tensor(activations).detach().double().cpu().numpy()
+        x = torch.as_tensor(activations).detach().cpu().double().numpy()
         if x.shape[-1:] != self.weights.shape[-1:]:
             raise InputError(f"activations are […, {self.weights.shape[-1]}]; came {x.shape}")
         found = x @ self.weights[row].T + self.intercepts[row]

@@ -23,9 +23,10 @@ import torch
 
 from activation_rows import EACH, ActivationRows, read_rows
 from array_files import built, open_arrays, write_arrays
+from direction_finding import check_examples
 from forward_pass import InputError
 from model_architecture import Architecture, Layer
-from tokenization import Prompt
+from tokenization import Prompt, encode
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +73,7 @@ def linear_cka(x: Any, y: Any, *, debiased: bool = False, form: str = "auto") ->
 
 
 def _matrix(values: Any, debiased: bool) -> np.ndarray:
-    found = torch.as_tensor(values).detach().double().cpu().numpy()
+    found = torch.as_tensor(values).detach().cpu().double().numpy()
     least = 4 if debiased else 2
     if found.ndim != 2 or len(found) < least:
         raise InputError(
@@ -295,7 +296,7 @@ def layer_similarity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     texts: Sequence[Prompt],
-    other: PreTrainedModel | None = None,
+    other: Any = None,
     *,
     metric: str = "cka",
     debiased: bool = True,
@@ -311,7 +312,7 @@ def layer_similarity(
         model: The rows of the table.
         tokenizer: For text; with another model, texts are tokenized by it for both.
         texts: As many as can be had; CKA of few rows says little.
-        other: The columns of the table; None is the model itself.
+        other: The columns of the table: a model or a `ModelAnalyzer`; None is the model itself.
         metric: ``"cka"``, or ``"cosine"`` (mean over rows; the widths must agree. Between models
             it means something only if one was made from the other).
         debiased: CKA with the unbiased HSIC, averaged over minibatches of `BATCH_ROWS` rows.
@@ -334,6 +335,8 @@ def layer_similarity(
         raise InputError(f"metric is one of {', '.join(METRICS)}; came {metric!r}")
     how: dict[str, Any] = {"read": read, "site": site, "batch_size": batch_size}
     one = read_rows(model, tokenizer, texts, layers, **how)
+    if hasattr(other, "architecture"):
+        other = other.model
     two = one if other is None else read_rows(other, tokenizer, texts, layers, **how)
     if metric == "cosine":
         _check_widths(one, two)
@@ -376,6 +379,14 @@ def _check_widths(one: ActivationRows, two: ActivationRows) -> None:
         raise InputError(f"a cosine needs equal widths; {widths[0]} and {widths[1]} came: use CKA")
 
 
+def _check_lengths(counts: Sequence[int]) -> None:
+    if len(set(counts)) > 1 or counts[0] < 2:
+        raise InputError(
+            "CKA of prompts needs as many tokens in each, two at least; they have "
+            f"{', '.join(map(str, counts))}: compare by metric='cosine'"
+        )
+
+
 def prompt_similarity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -415,22 +426,19 @@ def prompt_similarity(
     """
     if metric not in METRICS:
         raise InputError(f"metric is one of {', '.join(METRICS)}; came {metric!r}")
+    check_examples(texts, "texts")
+    if len(texts) < 2:
+        raise InputError("give at least two texts to compare")
     if metric == "cka":
         read, at = EACH, None
+        _check_lengths([len(encode(tokenizer, text)) for text in texts])
     arch = Architecture(model)
     how: dict[str, Any] = {"read": read, "at": at, "site": site, "batch_size": batch_size}
     rows = read_rows(arch, tokenizer, texts, [arch.resolve(layer)], **how)
-    if len(texts) < 2:
-        raise InputError("give at least two texts to compare")
     x = rows.values[:, 0]
     if metric == "cka":
-        counts = np.bincount(rows.prompts)
-        if len(set(counts.tolist())) > 1:
-            raise InputError(
-                "CKA of prompts needs as many tokens in each; they have "
-                f"{', '.join(map(str, counts))}: compare by cosine"
-            )
-        values = cka_table(x.reshape(len(texts), counts[0], -1).swapaxes(0, 1), debiased=False)
+        by_text = x.reshape(len(texts), -1, x.shape[-1])
+        values = cka_table(by_text.swapaxes(0, 1), debiased=False)
     else:
         x = x - x.mean(0) if centred else x
         values = cosine_table(x[None], x[None])

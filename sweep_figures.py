@@ -5,6 +5,7 @@ Only labels and numbers are seen here (`sweep_result.SweepResult`, or anything w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,12 @@ MOST_ROWS = 32
 """Heads shown of a layer × head × position sweep: those with the largest change."""
 
 
-def sweep_table(result: Any) -> dict[str, Any]:
+def sweep_table(result: Any, rows_kept: Sequence[str] | None = None) -> dict[str, Any]:
     """Rows, columns and labels of a sweep's heat map.
 
     Args:
         result: A sweep over layers and one or two other axes.
+        rows_kept: Labels of the rows that are shown; None leaves the choice to the numbers.
 
     Returns:
         ``values [row, column]``, ``x_labels``, ``y_labels``, ``x_name``, ``y_name`` and a ``note``
@@ -41,7 +43,10 @@ def sweep_table(result: Any) -> dict[str, Any]:
     y_labels = [".".join(map(str, entry)) for entry in zip(*numbers, strict=True)]
     table = values.reshape(len(y_labels), len(x_labels))
     note = ""
-    if len(rows) > 1 and len(table) > MOST_ROWS:
+    if rows_kept is not None:
+        kept = np.array([y_labels.index(label) for label in rows_kept])
+        table, y_labels = table[kept], list(rows_kept)
+    elif len(rows) > 1 and len(table) > MOST_ROWS:
         change = np.abs(table - np.median(table)).max(axis=1)
         kept = np.sort(np.argsort(-change, kind="stable")[:MOST_ROWS])
         note = f"{MOST_ROWS} of {len(table)} with the largest change"

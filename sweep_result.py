@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -34,6 +34,14 @@ RESAMPLES = 1000
 @dataclass(frozen=True, eq=False)
 class SweepResult:
     """The metric of every patched run, and of the two runs that it lies between."""
+
+    FILE_KIND: ClassVar[str] = KIND
+    TABLES: ClassVar[tuple[str, ...]] = ("values", "stderr", "low", "high")
+    """Fields that lie in a file as arrays."""
+    PLAIN: ClassVar[tuple[str, ...]] = (
+        "site", "direction", "metric", "unit", "normalized", "answer", "foil", "count", "passes",
+    )  # fmt: skip
+    """Fields that go into a file's header as they are."""
 
     values: np.ndarray
     """One number per cell, axes as in ``axes``, float64; the mean where there are several pairs.
@@ -78,7 +86,7 @@ class SweepResult:
         shape = tuple(len(labels) for labels in self.labels)
         if len(self.axes) != len(self.labels) or not set(self.axes) <= set(AXES):
             raise InputError(f"axes must be some of {AXES}, each with labels; came {self.axes}")
-        for name in ("values", "stderr", "low", "high"):
+        for name in self.TABLES:
             table = getattr(self, name)
             if table is not None and table.shape != shape:
                 raise InputError(f"{name} must have the shape of the labels, {shape}")
@@ -87,7 +95,7 @@ class SweepResult:
         size = " × ".join(f"{len(labels)} {axis}" for axis, labels in self._axes())
         pairs = f", {self.count} pairs" if self.count > 1 else ""
         what = f"{self.metric}{' normalized' if self.normalized else ''}"
-        return f"SweepResult({self.site}, {size}, {what}, {self.direction}{pairs})"
+        return f"{type(self).__name__}({self.site}, {size}, {what}, {self.direction}{pairs})"
 
     def _axes(self) -> list[tuple[str, tuple[int, ...]]]:
         return list(zip(self.axes, self.labels, strict=True))
@@ -98,6 +106,14 @@ class SweepResult:
         if self.normalized:
             return f"{self.metric}: 0 corrupted, 1 clean"
         return f"{self.metric} ({self.unit})" if self.unit else self.metric
+
+    @property
+    def start(self) -> float:
+        """The number of the unpatched run, on the scale of ``values``."""
+        denoising = self.direction == "denoising"
+        if self.normalized:
+            return 0.0 if denoising else 1.0
+        return self.corrupted if denoising else self.clean
 
     def layer_effects(self) -> dict[int, float]:
         """The numbers of a sweep over layers alone, by layer.
@@ -121,10 +137,9 @@ class SweepResult:
         if k < 1:
             raise InputError(f"the number of cells must be at least 1; came {k}")
         frame = self.to_frame()
-        start = self.corrupted if self.direction == "denoising" else self.clean
-        if self.normalized:
-            start = 0.0 if self.direction == "denoising" else 1.0
-        order = (frame["value"] - start).abs().sort_values(ascending=False, kind="stable").index
+        order = (
+            (frame["value"] - self.start).abs().sort_values(ascending=False, kind="stable").index
+        )
         return frame.loc[order[:k]].reset_index(drop=True)
 
     def to_frame(self) -> pd.DataFrame:
@@ -161,45 +176,32 @@ class SweepResult:
         Raises:
             RecordFileError: the file cannot be written.
         """
-        header = {name: getattr(self, name) for name in _PLAIN}
+        header = {name: getattr(self, name) for name in self.PLAIN}
         header |= {name: list(getattr(self, name)) for name in ("axes", "tokens", "source_tokens")}
         header["labels"] = [list(labels) for labels in self.labels]
-        tables = {name: getattr(self, name) for name in _TABLES if getattr(self, name) is not None}
+        tables = {
+            name: getattr(self, name) for name in self.TABLES if getattr(self, name) is not None
+        }
         tables["runs"] = np.array([self.clean, self.corrupted])  # a number that JSON may not have
         arrays = {name: torch.from_numpy(np.array(table)) for name, table in tables.items()}
-        write_arrays(Path(path), "safetensors", KIND, VERSION, header, arrays)
+        write_arrays(Path(path), "safetensors", self.FILE_KIND, VERSION, header, arrays)
 
     @classmethod
-    def load(cls, path: str | Path) -> SweepResult:
+    def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote.
 
         Raises:
             RecordFileError: the file is not what `save` writes.
         """
-        with open_arrays(Path(path), KIND, VERSION) as stored:
+        with open_arrays(Path(path), cls.FILE_KIND, VERSION) as stored:
             header = dict(stored.content)
             names = ("axes", "tokens", "source_tokens")
             header |= {name: tuple(header[name]) for name in names}
             header["labels"] = tuple(tuple(labels) for labels in header["labels"])
-            tables: Any = {n: stored.read(n).numpy() for n in _TABLES if n in stored.specs}
+            tables: Any = {n: stored.read(n).numpy() for n in cls.TABLES if n in stored.specs}
             clean, corrupted = stored.read("runs").tolist()
             runs = {"clean": clean, "corrupted": corrupted}
             return built(cls, {**header, **runs, **tables})
-
-
-_TABLES = ("values", "stderr", "low", "high")
-_PLAIN = (
-    "site",
-    "direction",
-    "metric",
-    "unit",
-    "normalized",
-    "answer",
-    "foil",
-    "count",
-    "passes",
-)
-"""How a result lies in a file: arrays, and what goes into the header as it is."""
 
 
 # --- Several pairs of prompts ---------------------------------------------------------------------

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 NAME = "fake"
 
@@ -30,8 +30,10 @@ COPIES = {aten._to_copy.default, aten.copy_.default, aten.copy.default, aten.set
 SAME_ON_THE_CPU = {
     aten._scaled_dot_product_attention_math_for_mps.default: (
         aten._scaled_dot_product_attention_math.default
-    )
+    ),
+    aten.histc.default: lambda x, *rest: aten.histc.default(x.float(), *rest).to(x.dtype),
 }
+"""What the CPU lacks, or calls by another name."""
 
 
 class There(torch.Tensor):
@@ -60,6 +62,9 @@ class There(torch.Tensor):
 
     def tolist(self):
         return self.held.tolist()
+
+    def untyped_storage(self):
+        return self.held.untyped_storage()
 
     def numpy(self, **_):
         raise TypeError("can't convert fake:0 device type tensor to numpy")
@@ -101,10 +106,11 @@ def _wrapped(func, args, kwargs, made):
     if func in (aten.copy_.default,) and not isinstance(args[0], There):
         return args[0]
     known = {id(x.held): x for x in tree_flatten((args, kwargs))[0] if isinstance(x, There)}
-    return tree_map(
-        lambda x: known[id(x)] if id(x) in known else There(x) if isinstance(x, torch.Tensor) else x,
-        made,
-    )
+
+    def wrap(x):
+        return known[id(x)] if id(x) in known else There(x)
+
+    return tree_map_only(torch.Tensor, wrap, made)
 
 
 class _Accelerator(TorchDispatchMode):
@@ -112,14 +118,21 @@ class _Accelerator(TorchDispatchMode):
         return run(func, args, kwargs or {})
 
 
+INDEXED = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+
+
 class _Literals(TorchFunctionMode):
-    """``torch.tensor(…, device=…)`` makes its tensor below the reach of a dispatch mode."""
+    """``torch.tensor(…, device=…)`` and ``x[[0, 1]]`` make tensors unseen by a dispatch mode."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         device = kwargs.get("device")
         if func in (torch.tensor, torch.as_tensor) and device and torch.device(device) == DEVICE:
             return func(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
+        if func in INDEXED and isinstance(args[0], There):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            tensors = tuple(torch.tensor(x) if isinstance(x, list) else x for x in index)
+            args = (args[0], tensors, *args[2:])
         return func(*args, **kwargs)
 
 

@@ -3,10 +3,12 @@
 SAVED            name -> Saved: makes the object, writes and reads it
 data_of(name)    the bytes of such a file, made once
 damaged(data, rng)  one way to damage a file
+read_after_damage(found, path)  whether a damaged file of a result is ever read wrong
 """
 
 import dataclasses
 import functools
+import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from array_formats import FORMATS
 from causal_tracing import trace_subject
 from control_vectors import export_gguf, import_gguf
 from feature_attribution import FeatureAttribution, attribute_features
+from forward_pass import RecordFileError
 from lens_result import LensResult
 from logit_lens import LogitLens
 from node_effects import AblationEffects, PathEffects
@@ -167,3 +170,23 @@ def damaged(data, rng):
         part, twin = data[at : at + length], data[other : other + length]
         data[at : at + length], data[other : other + length] = twin, part
     return bytes(data)
+
+
+def read_after_damage(found, path, count=40):
+    """Damage a result's file again and again: it is refused, or what is read is what was saved.
+
+    Returns:
+        How often it was refused.
+    """
+    found.save(path)
+    data, rng, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(count):
+        path.write_bytes(damaged(data, rng))
+        try:
+            again = type(found).load(path)
+        except RecordFileError:
+            refused += 1
+            continue
+        again.save(path)
+        assert path.read_bytes() == data
+    return refused

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import attention_analysis
 import families
@@ -26,6 +25,7 @@ from attention_result import (
     kind_of,
 )
 from forward_pass import InputError, LayerError, Site, SiteError
+from induction_circuit import INDUCTION, PREVIOUS, induction_circuit
 from model_architecture import Architecture
 from model_loader import load_model
 
@@ -264,47 +264,13 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
 # --- A circuit by hand, and the bundled model ----------------------------------------------------
 
 
-@functools.cache
-def induction_circuit():
-    """GPT-2 with a previous-token head 0.1 and an induction head 1.2, and nothing else.
-
-    The stream holds the token (32 entries), the position (32) and what head 0.1 writes: the token
-    before (32). Head 1.2 asks for tokens whose previous one is the token itself.
-    """
-    vocabulary = positions = 32
-    width, heads, size = 96, 3, 32
-    config = GPT2Config(
-        vocab_size=vocabulary, n_positions=positions, n_embd=width, n_layer=2, n_head=heads,
-        n_inner=4, layer_norm_epsilon=1e-5, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config).eval()
-    token, place, before = slice(0, 32), slice(32, 64), slice(64, 96)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
-        model.transformer.wte.weight[:, token] = torch.eye(vocabulary)
-        model.transformer.wpe.weight[:, place] = torch.eye(positions)
-        strong = 4.0
-        first = model.transformer.h[0].attn
-        of = slice(size, 2 * size)  # head 1: a place asks for the place before
-        first.c_attn.weight[place, of] = strong * torch.eye(32).roll(-1, dims=1)
-        first.c_attn.weight[place, width + size : width + 2 * size] = strong * torch.eye(32)
-        first.c_attn.weight[token, 2 * width + size : 2 * width + 2 * size] = torch.eye(32)
-        first.c_proj.weight[of, before] = torch.eye(32)
-        second = model.transformer.h[1].attn
-        of = slice(2 * size, 3 * size)
-        second.c_attn.weight[token, of] = strong * torch.eye(32)
-        second.c_attn.weight[before, width + 2 * size : width + 3 * size] = strong * torch.eye(32)
-    return model
-
-
 def test_a_circuit_built_by_hand_is_named():
     model = induction_circuit()
     induction = find_heads(model, None, "induction")
-    assert induction[0][:2] == (1, 2)
+    assert induction[0][:2] == INDUCTION
     assert induction[0].score > 0.5 > 5 * induction[1].score
     previous = find_heads(model, None, "previous-token heads")
-    assert previous[0][:2] == (0, 1)
+    assert previous[0][:2] == PREVIOUS
     assert previous[0].score > 0.9 > 3 * previous[1].score
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import checkpoints
 import model_loader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,12 +41,12 @@ def unimported(monkeypatch):
     """As if nothing had imported the modeling code yet; the import only notes the collector."""
     seen = []
     monkeypatch.delitem(sys.modules, MODELING)
-    monkeypatch.setattr(model_loader, "import_module", lambda name: seen.append(gc.isenabled()))
+    monkeypatch.setattr(checkpoints, "import_module", lambda name: seen.append(gc.isenabled()))
     return seen
 
 
 def test_the_collector_rests_during_the_import_alone(unimported):
-    model_loader._import_modeling()
+    checkpoints.import_modeling()
     assert unimported == [False]
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
@@ -55,16 +56,16 @@ def test_the_collector_runs_again_after_a_failed_import(unimported, monkeypatch)
     def fail(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(model_loader, "import_module", fail)
+    monkeypatch.setattr(checkpoints, "import_module", fail)
     with pytest.raises(ImportError, match=MODELING):
-        model_loader._import_modeling()
+        checkpoints.import_modeling()
     assert gc.isenabled()
 
 
 def test_a_collector_that_the_user_stopped_stays_stopped(unimported):
     gc.disable()
     try:
-        model_loader._import_modeling()
+        checkpoints.import_modeling()
         assert not gc.isenabled()
     finally:
         gc.enable()
@@ -75,7 +76,7 @@ def test_what_the_user_froze_stays_frozen(unimported):
     gc.freeze()
     try:
         frozen = gc.get_freeze_count()
-        model_loader._import_modeling()
+        checkpoints.import_modeling()
         assert gc.get_freeze_count() == pytest.approx(frozen, rel=0.01)
         assert unimported == [False]
     finally:
