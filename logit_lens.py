@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from torch import Tensor
 from forward_pass import InputError, ModuleTap, Recording, Site, SiteError, attached, record, resume
 from lens_metrics import DEFAULT_METRICS, RowMeter, check_metrics
 from lens_result import TUNED_SITES, LensResult, previous_row, resolve_layers, row_sites
+from lens_rows import logits_by_row, position_chunks
 from model_architecture import Architecture, Layer
 from model_loader import load_model
 from tokenization import Prompt, check_ids, encode, token_id, token_strings
@@ -36,13 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tuned_lens import TunedLens
-
-CHUNK_VALUES = 2**24
-"""Logits made at once: positions × vocabulary of one layer stay below this (64 MiB in float32)."""
-
-GROUP_VALUES = 2**20
-"""On a CPU rows go through the head together up to this many logits: what is made stays in its
-cache. On a GPU they do up to `CHUNK_VALUES`."""
 
 
 class LogitLens:
@@ -253,13 +248,13 @@ class LogitLens:
         meter = RowMeter(len(hidden), len(positions), top_k, metrics, target_id)
         following = [ids[p + 1] if p + 1 < len(ids) else -1 for p in positions]
         through = {row: previous_row(row) if site == "resid_pre" else row for row in hidden}
-        for chunk in self._chunks(len(positions)):
+        for chunk in position_chunks(len(positions), self.architecture.config.vocab_size):
             reference = None if final is None else final(chunk)
             as_float = None if reference is None else reference.float()
             meter.start_chunk(chunk, as_float, torch.tensor(following[chunk]))
             known = {} if reference is None or final_row is None else {final_row: reference}
             rows = {row: (stream[chunk], through[row]) for row, stream in hidden.items()}
-            for index, (row, logits) in enumerate(self._rows_logits(rows, known, apply_ln)):
+            for index, (row, logits) in enumerate(self._by_row(rows, known, apply_ln)):
                 meter.add(index, logits.float(), is_reference=row in known)
                 if each is not None:
                     each(index, chunk, logits)
@@ -289,34 +284,20 @@ class LogitLens:
             metrics=meter.metrics,
         )
 
-    def _rows_logits(
+    def _by_row(
         self,
         rows: Mapping[str, tuple[Tensor, str | None]],
         known: Mapping[str, Tensor],
         apply_ln: bool,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Each row's logits in turn; as many rows as fit go through the head in one call.
-
-        Args:
-            rows: For each row its stream ``[position, d_model]`` and what translates it.
-            known: The logits of rows that are had already.
-            apply_ln: Apply the final norm.
-        """
-        positions = len(next(iter(rows.values()))[0])
-        small = self.architecture.stream_device.type == "cpu"
-        budget = GROUP_VALUES if small else CHUNK_VALUES
-        size = max(1, budget // (positions * self.architecture.config.vocab_size))
-        missing = [row for row in rows if row not in known]
-        made: dict[str, Tensor] = dict(known)
-        for row in rows:
-            if row not in made:
-                group, missing = missing[:size], missing[size:]
-                streams = [self._translated(*rows[each]) for each in group]
-                device = self.architecture.stream_device
-                together = torch.stack([stream.to(device) for stream in streams])
-                logits = self.apply_lens_to_hidden_state(together, apply_ln)
-                made.update(zip(group, logits, strict=True))
-            yield row, made.pop(row)
+        """Each row's logits in turn, of its stream ``[position, d_model]`` and translator."""
+        return logits_by_row(
+            {row: partial(self._translated, *each) for row, each in rows.items()},
+            known,
+            partial(self.apply_lens_to_hidden_state, apply_ln=apply_ln),
+            self.architecture.config.vocab_size,
+            self.architecture.stream_device,
+        )
 
     def row_logits(self, stream: Tensor, row: str | None, apply_ln: bool = True) -> Tensor:
         """Logits of a stream, if the lens is tuned through the row's translator (None: without)."""
@@ -326,11 +307,6 @@ class LogitLens:
         if self.tuned is None or row is None:
             return stream
         return self.tuned.translate(row, stream)
-
-    def _chunks(self, count: int) -> Iterator[slice]:
-        size = max(1, CHUNK_VALUES // self.architecture.config.vocab_size)
-        for start in range(0, count, size):
-            yield slice(start, min(start + size, count))
 
     def check_top_k(self, top_k: int) -> None:
         """Refuse with InputError to list no token, or more than there are."""
@@ -464,9 +440,9 @@ class LogitLens:
         kept = self._record(ids, sites.values())
         measured = ("next_token_rank", "next_token_prob", "kl_divergence")
         meter = RowMeter(len(sites), len(ids), 1, measured)
-        for chunk in self._chunks(len(ids)):
+        for chunk in position_chunks(len(ids), self.architecture.config.vocab_size):
             rows = {row: (kept[where][0, chunk], row) for row, where in sites.items()}
-            for index, (_, row_logits) in enumerate(self._rows_logits(rows, {}, apply_ln)):
+            for index, (_, row_logits) in enumerate(self._by_row(rows, {}, apply_ln)):
                 logits = row_logits.float()
                 if index == 0:
                     meter.start_chunk(chunk, logits, torch.tensor(ids[chunk]))

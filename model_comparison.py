@@ -20,7 +20,8 @@ from tqdm import tqdm
 from comparison_result import ModelComparison, WeightChanges
 from direction_finding import check_examples
 from forward_pass import InputError, Site, record
-from logit_lens import CHUNK_VALUES, LogitLens
+from lens_rows import CHUNK_VALUES
+from logit_lens import LogitLens
 from model_architecture import Architecture
 from model_loader import ModelSource, load_model
 from model_shards import whole_weight

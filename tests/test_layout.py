@@ -15,6 +15,7 @@ MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 LAYERS = (
     (
         "sites",
+        "lens_rows",
         "memory_limits",
         "module_devices",
         "token_labels",

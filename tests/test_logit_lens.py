@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import families
+import lens_rows
 import logit_lens
 from forward_pass import ArchitectureError, InputError, LayerError, Site, SiteError, record
 from lens_metrics import DEFAULT_METRICS, METRICS
@@ -313,7 +314,7 @@ def test_next_tokens_are_those_of_the_text(gpt2):
 def test_chunks_of_any_size_give_the_same_result(gpt2, positions, monkeypatch):
     whole, kept = gpt2.run(IDS, 5, target=7, metrics=METRICS), gpt2.compare_to_input(IDS)
     predictions = gpt2.get_layer_predictions(IDS, return_probs=True)
-    monkeypatch.setattr(logit_lens, "CHUNK_VALUES", positions * families.VOCAB)
+    monkeypatch.setattr(lens_rows, "CHUNK_VALUES", positions * families.VOCAB)
     parts, again = gpt2.run(IDS, 5, target=7, metrics=METRICS), gpt2.compare_to_input(IDS)
     assert (parts.top_ids == whole.top_ids).all()
     for name, table in whole.metrics.items():
@@ -326,11 +327,11 @@ def test_chunks_of_any_size_give_the_same_result(gpt2, positions, monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 100])
 def test_rows_go_through_the_head_together(gpt2, rows, monkeypatch):
-    monkeypatch.setattr(logit_lens, "GROUP_VALUES", LENGTH * families.VOCAB)
+    monkeypatch.setattr(lens_rows, "GROUP_VALUES", LENGTH * families.VOCAB)
     whole = gpt2.run(IDS, 5, metrics=METRICS)
     heads = []
     handle = gpt2.model.lm_head.register_forward_hook(lambda *_: heads.append(1))
-    monkeypatch.setattr(logit_lens, "GROUP_VALUES", rows * LENGTH * families.VOCAB)
+    monkeypatch.setattr(lens_rows, "GROUP_VALUES", rows * LENGTH * families.VOCAB)
     together = gpt2.run(IDS, 5, metrics=METRICS)
     handle.remove()
     others = len(whole.row_labels) - 1
@@ -587,7 +588,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_full_vocabulary_tensors_alive_do_not_grow_with_the_layers(name, monkeypatch):
     """Rows go through the head together, up to a budget: here it holds two rows."""
-    monkeypatch.setattr(logit_lens, "GROUP_VALUES", 2 * LENGTH * families.VOCAB)
+    monkeypatch.setattr(lens_rows, "GROUP_VALUES", 2 * LENGTH * families.VOCAB)
     few, many = (peak_bytes(layers, CALLS[name]) for layers in (6, 12))
     assert 0 < few == many
     assert many <= 11 * LENGTH * families.VOCAB * 4
