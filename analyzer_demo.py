@@ -14,6 +14,7 @@ from typing import Any
 
 from model_analyzer import ModelAnalyzer
 from model_loader import DEMO_MODEL
+from sites import SiteError
 from visualization import plot_convergence_analysis, plot_embeddings_2d, plot_lens_heatmap
 
 PROMPT = "The capital of France is"
@@ -53,6 +54,27 @@ def find_where_it_decides(analyzer: ModelAnalyzer, prompt: str, other: str) -> N
     print(f"  the heads that do it at the last token: {named}")
 
 
+def look_inside(analyzer: ModelAnalyzer, prompt: str) -> None:
+    """Name the heads by what they do, and split the answer's logit over parts and over tokens."""
+    print("\nWhich heads do something known, on repeated random tokens?")
+    for kind in ("previous_token", "induction"):
+        try:
+            print(f"  {analyzer.find_heads(kind)}")
+        except SiteError as error:
+            print(f"  {error}")
+            break
+    else:
+        analyzer.attention_patterns(prompt).view().save(OUT / "attention.html")
+    parts = analyzer.logit_attribution(prompt)
+    parts.plot("waterfall", save_path=OUT / "logit_parts.png")
+    named = ", ".join(f"{r.part} {r.value:+.1f}" for r in parts.top(4).itertuples())
+    print(f"Which parts make the logit of its answer?\n  {parts}\n  {named}")
+    tokens = analyzer.attribute_tokens(prompt)
+    tokens.plot(save_path=OUT / "tokens.png")
+    told = ", ".join(f"{r.token!r} {r.score:+.1f}" for r in tokens.to_frame().itertuples())
+    print(f"Which tokens speak for it, by integrated gradients?\n  {told}")
+
+
 def steer(analyzer: ModelAnalyzer) -> None:
     """Push one sentence towards joy and towards grief."""
     print("\nThe same prompt, steered from sad to happy:")
@@ -89,6 +111,7 @@ def main() -> None:
     print(f"\nDoes the toolkit understand this model?\n{analyzer.check()}")
     follow_one_prompt(analyzer, arguments.prompt)
     find_where_it_decides(analyzer, arguments.prompt, arguments.other)
+    look_inside(analyzer, arguments.prompt)
     steer(analyzer)
     look_at_many_prompts(analyzer)
     print(f"\nPictures: {', '.join(str(p) for p in sorted(OUT.glob('*.png')))}")

@@ -21,7 +21,6 @@ model does. Every check states the largest difference it saw and the difference 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +37,7 @@ from forward_pass import (
     record,
     resume,
 )
+from interrupts import UndoStack
 from model_architecture import Architecture
 from module_devices import exact
 
@@ -259,7 +259,7 @@ def _check_identity(
     architecture: Architecture, kept: Recording, inputs: dict[str, Tensor], sites: list[Site]
 ) -> Proof:
     assert kept.logits is not None
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, architecture.model)
         sites = [site for site in sites if site.name not in READ_ONLY]
         stack.enter_context(edit(architecture, [(site, torch.clone) for site in sites]))

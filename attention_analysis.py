@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from activation_extraction import DEFAULT_BATCH, extract_batch
 from attention_result import KINDS, AttentionPatterns, HeadRanking, HeadSummary, kind_of
 from extraction_request import make_request
 from forward_pass import Hook, InputError, Site, attached, evaluate, skip_blocks
+from interrupts import UndoStack
 from memory_limits import in_batches
 from model_architecture import Architecture, Layer
 from module_devices import exact
@@ -418,7 +418,8 @@ def _pass(architecture: Architecture, batch: _Batch, sites: Sequence[Site]) -> d
 
     inputs = architecture.inputs(batch.ids, batch.mask)
     last = max(site.layer for site in sites)
-    with torch.no_grad(), ExitStack() as stack:
+    with UndoStack() as stack:
+        stack.enter_context(torch.no_grad())
         evaluate(stack, architecture.model)
         pairs = [(architecture.tap(site), reducing(site)) for site in sites]
         stack.enter_context(attached(pairs, last=True))

@@ -18,6 +18,7 @@ from torch import Tensor
 from embedding_pass import EmbeddingPass, Measure, differentiable
 from forward_pass import Site, SiteError, record
 from model_architecture import Architecture
+from module_devices import exact
 
 
 def pattern_sites(architecture: Architecture, method: str) -> list[Site]:
@@ -59,7 +60,7 @@ def attention_rollout(
     kept = record(architecture, architecture.inputs(torch.tensor([list(ids)])), sites)
     rolled = torch.eye(len(ids), dtype=torch.float64)
     for site in sites:
-        pattern = _square(kept[site], len(ids))[0].double().cpu().mean(0)
+        pattern = _square(kept[site], len(ids))[0].cpu().double().mean(0)
         mixed = (pattern + torch.eye(len(ids), dtype=torch.float64)) / 2
         rolled = mixed / mixed.sum(-1, keepdim=True) @ rolled
     return rolled[list(positions)].numpy()
@@ -116,6 +117,6 @@ def _relevance(patterns: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
     unit = torch.eye(patterns[0].shape[-1], dtype=torch.float64)
     found = torch.zeros_like(unit)
     for pattern, slope in zip(patterns, slopes, strict=True):
-        weighted = (pattern.detach().double() * slope.double()).clamp(min=0)[0].mean(0).cpu()
+        weighted = (exact(pattern.detach()) * exact(slope)).clamp(min=0)[0].mean(0).cpu()
         found = found + weighted @ (unit + found)
     return found

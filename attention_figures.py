@@ -59,6 +59,7 @@ def plot_pattern(
     *,
     queries: Sequence[int] | None = None,
     top: float | None = None,
+    name: str = "attention",
     title: str | None = None,
     ax: Axes | None = None,
     figsize: tuple[float, float] | None = None,
@@ -72,6 +73,7 @@ def plot_pattern(
         tokens: One per position; those that read alike are told apart by their position.
         queries: Positions whose rows are shown; None shows all.
         top: The value that is darkest; None takes the largest.
+        name: What the colours mean, with the unit.
         title: Above the picture.
         ax: Where to draw; None makes a figure.
         figsize: Of a figure made here, in inches; None follows the number of tokens.
@@ -92,7 +94,7 @@ def plot_pattern(
         labels = axis_labels(names, drawable=can_draw)
         if ax is None:
             ax = new_figure(figsize or _pattern_size(*table.shape)).subplots()
-        image = draw_cells(ax, table, _scale(table, top), "attention")
+        image = draw_cells(ax, table, _scale(table, top), name)
         ax.set(xlabel="key: token looked at", ylabel="query: token that looks")
         ax.set_title(title or "", fontsize=11)
         arrange(ax, labels, [labels[row] for row in rows], None)

@@ -135,6 +135,8 @@ def _attend(
 ) -> Any:
     """The real attention function, on hooked query, key and value; then the hooked pattern."""
     hooks = _watched.get(module)
+    args = tuple(_bounded(each) for each in args)
+    kwargs = {name: _bounded(each) for name, each in kwargs.items()}
     if not hooks:
         calls = [finder.note_registry_call(module, query, key) for finder in _finders]
         made = real(module, query, key, value, *args, **kwargs)
@@ -161,6 +163,17 @@ def _attend(
         values = value.repeat_interleave(edited.shape[1] // value.shape[1], dim=1)
         output = torch.matmul(edited, values).transpose(1, 2).contiguous()
     return output, edited
+
+
+def _bounded(given: Any) -> Any:
+    """A float64 mask, with float32's lowest number for its own.
+
+    Eager implementations compute the softmax in float32, where the lowest number of float64 is
+    minus infinity, and rows of padding, which see nothing, would be NaN.
+    """
+    if isinstance(given, Tensor) and given.dtype is torch.float64:
+        return given.clamp(min=torch.finfo(torch.float32).min)
+    return given
 
 
 def _hooked_heads(hooks: list[Entry], part: str, tensor: Tensor) -> Tensor:
@@ -201,6 +214,17 @@ def _with_operands(
     return tuple(swap(value) for value in args), {
         name: swap(value) for name, value in kwargs.items()
     }
+
+
+def take_off(mode: TorchFunctionMode) -> None:
+    """Leave a mode wherever it is in torch's stack, or is no longer: an interrupt may lose it."""
+    modes = [torch._C._pop_torch_function_stack() for _ in range(_mode_count())]
+    for each in reversed(modes):
+        if each is not mode:
+            torch._C._push_on_torch_function_stack(each)
+
+
+_mode_count = torch._C._len_torch_function_stack
 
 
 @dataclass(eq=False)
@@ -248,7 +272,7 @@ class _ProductWatch(TorchFunctionMode):
                 handle.remove()
         if not self.watched:
             self.running = None
-            self.__exit__(None, None, None)
+            take_off(self)
 
     def _enter_module(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -389,8 +413,8 @@ class AttentionFinder(TorchFunctionMode):
         super().__enter__()
         return self
 
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
+    def __exit__(self, *_error: Any) -> None:
+        take_off(self)
         with _lock:
             _finders.remove(self)
             _wrap_registry()

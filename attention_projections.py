@@ -21,7 +21,7 @@ What cannot be proven like this raises SiteError; nothing is guessed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from forward_pass import Hook, ModuleTap, Site, SiteError, attached, edit, evaluate, recording
+from interrupts import UndoStack
 from model_architecture import Architecture
 from module_devices import exact, stored_matrix
 from norm_gain import fit_norm, noise_like, seeded
@@ -129,7 +130,7 @@ def watch_attention(architecture: Architecture, layers: Sequence[int]) -> dict[i
     def feed_output(value: Tensor) -> Tensor:
         return noise_like(value, value.shape[-1]) * lengths.to(value).view(-1, 1, 1, 1)
 
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, architecture.model)
         taps = [(ModuleTap(_attention(architecture, n), at_input=True), feed(n)) for n in layers]
         stack.enter_context(attached(taps))
@@ -230,7 +231,7 @@ def watch_reading(architecture: Architecture, layers: Sequence[int]) -> dict[int
         return changed
 
     sites = [Site(name, layer) for layer in layers for name in (*PARTS, "head_out")]
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, architecture.model)
         taps = [(ModuleTap(_attention(architecture, n), at_input=True), feed(n)) for n in layers]
         stack.enter_context(attached(taps))

@@ -73,7 +73,8 @@ def plot_attribution_sweep(
             _maps(result, panels, places, options)
         if axes is not None:
             places[0].set_title(f"{heading}\n{places[0].get_title()}", fontsize=11)
-        settle(figure_of(places[0]))
+        if len(result.axes) == 1:  # maps have settled it
+            settle(figure_of(places[0]))
         for (name, _), ax in zip(panels, places, strict=True):
             if name == "agreement":
                 _name_points(ax, result)
@@ -191,8 +192,11 @@ def _scatter(ax: Axes, result: Any) -> None:
 def _name_points(ax: Axes, result: Any) -> None:
     """Write at the cells with the largest exact change what they are, where there is room."""
     estimate, exact = result.effects.ravel(), result.exact_effects.ravel()
-    names, taken = _cell_names(result), []
-    for cell in np.argsort(-np.nan_to_num(np.abs(exact)), kind="stable"):
+    names = _cell_names(result)
+    taken: list[Any] = []
+    points = ax.transData.transform(np.column_stack([estimate, exact]))
+    order = np.argsort(-np.nan_to_num(np.abs(exact)), kind="stable")
+    for cell in order[: 4 * NAMED_POINTS]:
         if not exact[cell] or not np.isfinite(exact[cell] + estimate[cell]):
             break
         right = estimate[cell] > np.mean(ax.get_xlim())
@@ -202,7 +206,8 @@ def _name_points(ax: Axes, result: Any) -> None:
         )  # fmt: skip
         label.set_in_layout(False)
         box = label.get_window_extent().padded(1)
-        if any(box.overlaps(other) for other in taken):
+        inside = (points > [box.x0, box.y0]) & (points < [box.x1, box.y1])
+        if inside.all(1).any() or any(box.overlaps(other) for other in taken):
             label.remove()
             continue
         taken.append(box)

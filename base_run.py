@@ -27,6 +27,7 @@ from forward_pass import (
     take_positions,
     write_input,
 )
+from interrupts import UndoStack, until_closed
 from model_architecture import Architecture
 
 
@@ -86,7 +87,8 @@ def run_base(
     streams.append(Site("resid_post", n_layers - 1))
     inputs = architecture.inputs(ids)
     cache = _new_cache(None) if cached else None
-    with torch.no_grad(), ExitStack() as stack:
+    with UndoStack() as stack:
+        stack.enter_context(torch.no_grad())
         evaluate(stack, architecture.model)
         taps = [(architecture.tap(site), hook) for site, hook in edits]
         kept = stack.enter_context(recording(architecture, [*dict.fromkeys([*streams, *sites])]))
@@ -133,7 +135,7 @@ def read_only(
             return None
         return write_input(args, kwargs, hidden.index_select(1, index.to(hidden.device)))
 
-    stack.callback(head.register_forward_pre_hook(cut, with_kwargs=True).remove)
+    until_closed(stack, head.register_forward_pre_hook, cut, with_kwargs=True)
 
 
 # --- Keys and values of earlier positions ---------------------------------------------------------

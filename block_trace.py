@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from attention_internals import AttentionCall
 from expert_routing import Routing, find_routing
 from forward_pass import ArchitectureError, read_hidden, read_input
+from interrupts import until_closed
 
 PROBE_LENGTH = 5
 """Tokens in the pass that is watched."""
@@ -87,8 +88,8 @@ def _trace_hand_over(stack: ExitStack, trace: BlockTrace) -> None:
         nested = [each for value in extras if isinstance(value, tuple | list) for each in value]
         trace.extras = [each for each in (*extras, *nested) if isinstance(each, Tensor)]
 
-    stack.callback(trace.block.register_forward_pre_hook(before, with_kwargs=True).remove)
-    stack.callback(trace.block.register_forward_hook(after).remove)
+    until_closed(stack, trace.block.register_forward_pre_hook, before, with_kwargs=True)
+    until_closed(stack, trace.block.register_forward_hook, after)
 
 
 def trace_module(stack: ExitStack, trace: BlockTrace, path: str, module: nn.Module) -> None:
@@ -116,8 +117,8 @@ def trace_module(stack: ExitStack, trace: BlockTrace, path: str, module: nn.Modu
             trace.outputs = len(output) if isinstance(output, tuple | list) else 0
             trace.names = getattr(output, "_fields", ())
 
-    stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-    stack.callback(module.register_forward_hook(after).remove)
+    until_closed(stack, module.register_forward_pre_hook, before, with_kwargs=True)
+    until_closed(stack, module.register_forward_hook, after)
 
 
 def _is_empty(output: Any) -> bool:
@@ -129,8 +130,8 @@ def running_module(stack: ExitStack, blocks: Sequence[nn.Module]) -> Any:
     under_way: list[nn.Module] = []
     for block in blocks:
         for module in block.modules():
-            stack.callback(
-                module.register_forward_pre_hook(lambda m, _args: under_way.append(m)).remove
+            until_closed(
+                stack, module.register_forward_pre_hook, lambda m, _args: under_way.append(m)
             )
-            stack.callback(module.register_forward_hook(lambda *_: under_way.pop() and None).remove)
+            until_closed(stack, module.register_forward_hook, lambda *_: under_way.pop() and None)
     return lambda: under_way[-1] if under_way else None

@@ -90,6 +90,18 @@ def _remedy(err: BaseException) -> str:
     return "; if you trust that code, pass trust_remote_code=True" if asks else ""
 
 
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
+"""What the names of a tokenizer's files start with."""
+
+
+def holds_tokenizer(place: str) -> bool:
+    """Whether a place is a folder with files of a tokenizer."""
+    folder = Path(place)
+    if not place or not folder.is_dir():
+        return False
+    return any(entry.name.startswith(TOKENIZER_FILES) for entry in folder.iterdir())
+
+
 def read_tokenizer(place: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer at a place that `locate` found; ModelLoadError without a vocabulary."""
     try:

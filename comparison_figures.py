@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from figure_canvas import LABEL_SIZE, PALETTE, axes_list, figure_of, finish, new_figure
-from heat_maps import plot_heatmap
+from heat_maps import number_cells, plot_heatmap
 from token_labels import axis_labels, can_draw, drawing, readable_token
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ def plot_similarities(result: Any, *, title: str | None = None, **options: Any) 
     rows, columns = result.row_labels, result.column_labels
     if result.between == "prompts":
         rows = columns = axis_labels(rows, LONGEST, can_draw)
-    texts = None
-    if max(values.shape) <= 16:
-        texts = np.vectorize("{:.2f}".format, otypes=[object])(values)
+    texts = number_cells(values)
     side = [min(max(count * 0.42, 3.4), 9.0) for count in values.shape]
     room = 2.2 if result.between == "prompts" else 1.4
     names = {
@@ -48,13 +46,14 @@ def plot_similarities(result: Any, *, title: str | None = None, **options: Any) 
         "prompts": ("", ""),
     }[result.between]
     where = f" at layer {result.layer}" if result.layer is not None else ""
-    heading = f"{result.metric} of {result.between}: {result.site}{where}, n = {result.count}"
+    metric = result.metric.replace("cka", "CKA")
+    size = f", {result.count} vectors" if result.count > 1 else ""
+    heading = f"{metric} of {result.between}: {result.site}{where}{size}"
     chosen: dict[str, Any] = {
         "figsize": (side[1] + room, side[0] + room - 1.4),
         "x_name": names[0],
         "y_name": names[1],
-        "value_label": result.metric,
-        "signed": False,
+        "value_label": metric,
         "title": heading if title is None else title,
     }
     return plot_heatmap(values, columns, rows, texts, **(chosen | options))
@@ -80,7 +79,6 @@ def plot_nearest(result: Any, *, title: str | None = None, **options: Any) -> An
         "figsize": (min(0.8 * k + 2.4, 20.0), min(0.3 * rows + 1.3, 20.0)),
         "x_name": "rank",
         "value_label": name,
-        "signed": False,
         "title": heading if title is None else title,
     }
     return plot_heatmap(result.scores, None, labels, texts, **(chosen | options))
@@ -134,10 +132,7 @@ def plot_weights(result: Any, *, title: str | None = None, **options: Any) -> An
         The figure.
     """
     table = result.by_layer().T
-    texts = None
-    if table.shape[1] <= 16:
-        numbers = table.to_numpy()
-        texts = np.vectorize(lambda x: "" if np.isnan(x) else f"{x:.2g}", otypes=[object])(numbers)
+    texts = number_cells(table.to_numpy(), "{:.2g}")
     columns = ["none" if layer == -1 else str(layer) for layer in table.columns]
     chosen: dict[str, Any] = {
         "x_name": "layer",

@@ -13,7 +13,6 @@ Both run the model as it is: open an `intervention_handler.InterventionHandler` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from forward_pass import InputError, evaluate, record
 from generation import decode_text, generation_options
+from interrupts import UndoStack
 from memory_limits import in_batches
 from model_architecture import Architecture
 from tokenization import Prompt, check_ids, encode, pad_left
@@ -176,7 +176,7 @@ def _generate(
         options["max_length"] = len(batch[0]) + max_new_tokens
     ids, mask = pad_left(batch, options.get("pad_token_id") or own.pad_token_id or 0)
     device = architecture.input_device
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, model)
         made = model.generate(ids.to(device), attention_mask=mask.to(device), **options)
     end = own.eos_token_id

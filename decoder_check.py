@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from forward_pass import ArchitectureError, evaluate
+from interrupts import UndoStack
 from module_devices import exact
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def later_token_effect(model: nn.Module, body: nn.Module, inputs: Mapping[str, T
     ids = inputs["input_ids"]
     changed = ids.clone()
     changed[:, -1] = ids[:, 0]
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, model)
         one, other = (
             exact(body(**{**inputs, "input_ids": each})[0][:, :-1]) for each in (ids, changed)

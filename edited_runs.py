@@ -20,7 +20,6 @@ counts it, and what was done.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from base_run import BaseRun, run_base
 from forward_pass import ArchitectureError, InputError, Site, evaluate
 from growing_pass import Edit, edit_rows, put_edit, resume_growing
+from interrupts import UndoStack
 from memory_limits import free_bytes, in_batches, in_words, is_out_of_memory
 from model_architecture import Architecture
 from model_shards import smallest
@@ -129,21 +129,21 @@ def run_edited(
     """
     if not runs:
         raise InputError("there is nothing to run: no cell is left")
-    able = abilities(architecture)
     work = Work() if work is None else work
-    planned = [_plan(i, run, architecture) for i, run in enumerate(runs)]
-    if not able.suffix or not base.cache:
-        planned = [each._replace(start=0) for each in planned]
     values: list[Tensor | None] = [None] * len(runs)
-    limit = max_tokens or default_tokens(architecture, base)
 
     def run(group: Sequence[_Planned]) -> Tensor:
         logits = _run_batch(architecture, base, group, able, work)
         numbers = torch.tensor([each.number for each in group])
         return reduce(numbers, logits).cpu()
 
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, architecture.model)
+        able = abilities(architecture)
+        planned = [_plan(i, run, architecture) for i, run in enumerate(runs)]
+        if not able.suffix or not base.cache:
+            planned = [each._replace(start=0) for each in planned]
+        limit = max_tokens or default_tokens(architecture, base)
         batches = in_batches(
             _batches(planned, base.length, architecture, able, limit),
             run,
@@ -426,7 +426,8 @@ def _probe(
         groups.setdefault(key, []).append(each._replace(start=start))
     values: dict[int, Tensor] = {}
     try:
-        with torch.no_grad(), ExitStack() as stack:
+        with UndoStack() as stack:
+            stack.enter_context(torch.no_grad())
             evaluate(stack, architecture.model)
             for group in groups.values():
                 logits = _run_batch(architecture, base, group, tried, Work())

@@ -31,8 +31,10 @@ from forward_pass import (
     evaluate,
     recording,
 )
+from interrupts import UndoStack
 from memory_limits import free_bytes, in_words, is_out_of_memory
 from model_architecture import Architecture
+from module_devices import exact
 
 LIKED_TOKENS = {"cpu": 2**10}
 """Tokens (rows × positions) of a pass that a processor likes; `MANY_TOKENS` elsewhere."""
@@ -245,7 +247,8 @@ def embedding_pass(
     head = architecture.model.get_output_embeddings()
     if isinstance(head, nn.Module):
         looks.append((ModuleTap(head, at_input=True), opened.enter_head))
-    with torch.inference_mode(False), ExitStack() as stack:
+    with UndoStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
         evaluate(stack, architecture.model)
         if sites:
             opened.kept = stack.enter_context(recording(architecture, sites, detach=False))
@@ -331,7 +334,8 @@ def mean_embedding(architecture: Architecture) -> Tensor:
     total = torch.zeros(())
     for start in range(0, size, TABLE_ROWS):
         rows = token_embeddings(architecture, range(start, min(start + TABLE_ROWS, size)))
-        total = total.to(rows.device) + rows.double().sum(0)
+        rows = exact(rows)
+        total = total.to(rows.device) + rows.sum(0)
     return (total / size).float()
 
 

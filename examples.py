@@ -22,6 +22,13 @@ from activation_extraction import (
     compare_activations,
     get_activation_statistics,
 )
+from attention_analysis import attention_patterns, find_heads, head_summary
+from attribution_patching import attribution_patching
+from direct_attribution import logit_attribution
+from embedding_geometry import token_neighbors
+from gradient_attribution import attribute_tokens
+from head_circuits import composition_scores, copying_scores
+from head_writing import head_writes
 from intervention import (
     ActivationPatch,
     CausalTracer,
@@ -35,8 +42,12 @@ from intervention import (
     path_patching,
     steer_generation,
 )
+from layer_attribution import layer_attribution
+from linear_probes import train_probes
 from logit_lens import LogitLens
+from model_architecture import Architecture
 from model_loader import DEMO_MODEL, ModelInspector, compare_architectures
+from similarity import layer_similarity
 from visualization import (
     compare_reduction_methods,
     plot_convergence_analysis,
@@ -131,6 +142,63 @@ def activation_patching() -> None:
     print(generate_with_patching(model, tokenizer, clean, patch, max_new_tokens=2))
 
 
+def attention_heads() -> None:
+    """Where heads look, what their weights do, what they write."""
+    loaded: Any = ModelInspector(DEMO_MODEL).load_model()
+    model, tokenizer = loaded
+    text = "When Mary and John went to the store, John gave a drink to"
+    print(find_heads(model, tokenizer, "induction"))
+    summary = head_summary(model, tokenizer)
+    summary.plot(save_path=OUT / "head_scores.png")
+    attention_patterns(model, tokenizer, text, [4]).view().save(OUT / "attention.html")
+    architecture = Architecture(model)
+    print(copying_scores(architecture).top(3))
+    print(composition_scores(architecture, "k").top(3))
+    print(head_writes(architecture, tokenizer, text, [" Mary", " John"]).top(3))
+
+
+def direct_logit_attribution() -> None:
+    """One logit difference as the sum of what every part wrote."""
+    loaded: Any = ModelInspector(DEMO_MODEL).load_model()
+    model, tokenizer = loaded
+    text = "When Mary and John went to the store, John gave a drink to"
+    parts = logit_attribution(Architecture(model), tokenizer, text, " Mary", " John")
+    parts.plot("waterfall", save_path=OUT / "logit_parts.png")
+    print(parts, parts.top(5), sep="\n")
+
+
+def gradient_attribution() -> None:
+    """Which tokens an answer stands on, by three methods; which heads are worth patching."""
+    loaded: Any = ModelInspector(DEMO_MODEL).load_model()
+    model, tokenizer = loaded
+    text = "The capital of France is"
+    for method in ("gradient_x_input", "integrated_gradients", "occlusion"):
+        found = attribute_tokens(model, tokenizer, text, method)
+        print(found, found.top(2), sep="\n")
+    print(layer_attribution(model, tokenizer, text, "resid_post", "conductance"))
+    estimate = attribution_patching(
+        model, tokenizer, text, "The capital of Italy is", "head_out", exact=True
+    )
+    estimate.plot(save_path=OUT / "attribution_patching.png")
+    print(estimate, f"correlation with the sweep: {estimate.pearson:.3f}", sep="\n")
+
+
+def probes_and_similarity() -> None:
+    """What a linear probe reads from each layer, and how alike layers are."""
+    loaded: Any = ModelInspector(DEMO_MODEL).load_model()
+    model, tokenizer = loaded
+    cities = ("Paris", "Rome", "Tokyo", "Cairo", "Madrid", "Athens")
+    frames = ("I live in {}", "The train to {}", "We love {}", "He went to {}", "The city of {}")
+    texts = [frame.format(city) for city in cities for frame in frames]
+    labels = [city for city in cities for _ in frames]
+    groups = [frame for _ in cities for frame in frames]
+    probes = train_probes(model, tokenizer, texts, labels, groups=groups)
+    probes.plot(save_path=OUT / "probes.png")
+    print(probes)
+    print(layer_similarity(model, tokenizer, texts))
+    print(token_neighbors(model, tokenizer, " Paris", 5).to_frame())
+
+
 def causal_tracing() -> None:
     """Heads, MLPs, the subject; paths between components; what is lost without them."""
     loaded: Any = ModelInspector(DEMO_MODEL).load_model()
@@ -171,6 +239,10 @@ EXAMPLES: dict[str, Callable[[], None]] = {
         logit_lens_analysis,
         embedding_visualization,
         activation_patching,
+        attention_heads,
+        direct_logit_attribution,
+        gradient_attribution,
+        probes_and_similarity,
         causal_tracing,
         steering,
     )

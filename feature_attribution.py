@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from base_run import BaseRun, run_base
 from edited_runs import Run, abilities, run_edited
 from forward_pass import InputError, Site, SiteError, edit, evaluate
 from growing_pass import Edit
+from interrupts import UndoStack
 from intervention_handler import token_shape
 from logit_metrics import Metric, make_metric, reads_of
 from model_architecture import Architecture, Layer
@@ -279,7 +279,8 @@ def _gradient(arch: Architecture, base: BaseRun, where: Site, place: int, metric
         leaves[:] = [value.detach().clone().requires_grad_()]
         return leaves[0].clone()  # some models add to it in place
 
-    with torch.enable_grad(), ExitStack() as stack:
+    with UndoStack() as stack:
+        stack.enter_context(torch.enable_grad())
         evaluate(stack, arch.model)
         stack.enter_context(edit(arch, [(where, start_here)]))
         logits = arch.model(**base.inputs, use_cache=False).logits

@@ -31,6 +31,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from interrupts import UndoStack, interrupts_held, until_closed
 from model_lock import ModelLock, hold, lock_of
 from module_taps import (
     PLAIN,
@@ -148,7 +149,7 @@ class Clock:
             InputError: an edit function of this model is under way.
         """
         self._lock = hold(stack, body)
-        stack.callback(body.register_forward_pre_hook(self._tick, with_kwargs=True).remove)
+        until_closed(stack, body.register_forward_pre_hook, self._tick, with_kwargs=True)
 
     def _tick(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._lock is not None:
@@ -199,10 +200,11 @@ def attached(pairs: Iterable[tuple[Tap, Hook]], *, last: bool = False) -> Iterat
         pairs: What to attach, in order.
         last: These hooks only look, and shall see what all edits have made of a value.
     """
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         for tap, hook in pairs:
             lock = hold(stack, tap.module)
-            tap.attach(stack, hook if last else lock.edits(hook), last)
+            with interrupts_held():
+                tap.attach(stack, hook if last else lock.edits(hook), last)
         yield
 
 
@@ -230,7 +232,7 @@ def edit(
     _probe_first(wiring)
     taps = [(wiring.tap(site), hook) for site, hook in pairs]
     clock = Clock()
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         clock.attach(stack, wiring.body)
         run_every_position(stack, wiring)
         stack.enter_context(attached(taps))
@@ -247,8 +249,7 @@ def run_every_position(stack: ExitStack, wiring: Wiring) -> None:
         return (args, {**kwargs, "logits_to_keep": 0}) if kwargs.get("logits_to_keep") else None
 
     if wiring.needs_every_block:
-        handle = wiring.body.register_forward_pre_hook(keep_all, with_kwargs=True)
-        stack.callback(handle.remove)
+        until_closed(stack, wiring.body.register_forward_pre_hook, keep_all, with_kwargs=True)
 
 
 def _probe_first(wiring: Wiring) -> None:
@@ -317,7 +318,7 @@ def recording(
 
         return copy_out if detach else keep_graph
 
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         hold(stack, wiring.model)
         _probe_first(wiring)
         taps = [(wiring.tap(site), keep(site)) for site in sites]
@@ -351,7 +352,8 @@ def record(
     Raises:
         SiteError: the model has no such site. Nothing has been run then.
     """
-    with torch.no_grad(), ExitStack() as stack:
+    with UndoStack() as stack:
+        stack.enter_context(torch.no_grad())
         kept = stack.enter_context(recording(wiring, sites, positions))
         evaluate(stack, wiring.model)
         if logits:
@@ -410,7 +412,7 @@ def resume(
         )
     rows = residual.shape[0]
     inputs = {name: _as_rows(value, rows) for name, value in inputs.items()}
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, wiring.model)
         if layer == n_layers:
             skip_blocks(stack, wiring, [layer - 1], result=residual)
@@ -420,9 +422,8 @@ def resume(
             def hand_over(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 return write_input(args, kwargs, stored)
 
-            block = wiring.blocks[layer]
-            handle = block.register_forward_pre_hook(hand_over, with_kwargs=True, prepend=True)
-            stack.callback(handle.remove)
+            register = wiring.blocks[layer].register_forward_pre_hook
+            until_closed(stack, register, hand_over, with_kwargs=True, prepend=True)
         skip_blocks(stack, wiring, range(min(layer, n_layers - 1)))
         return wiring.model(**inputs, use_cache=False, **forward_kwargs).logits
 

@@ -8,7 +8,7 @@ by one more decode step on the same cache, so that the record equals one forward
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from activation_extraction import Request, assemble_record, make_manifest, make_request
 from activation_record import ActivationRecord
 from forward_pass import InputError, Site, edit, evaluate
+from interrupts import UndoStack
 from model_architecture import Architecture
 from module_devices import compute_devices
 from tokenization import Prompt, as_ids, check_ids, encode
@@ -157,7 +158,9 @@ def generate_with_activations(
     _require_one_sequence(architecture, options)
     options["disable_compile"] = True  # compiled code would not run the hooks
     kept: dict[Site, list[Tensor]] = {site: [] for site in request.sites}
-    with torch.no_grad(), ExitStack() as stack, _recording_steps(architecture, kept):
+    with UndoStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_recording_steps(architecture, kept))
         evaluate(stack, architecture.model)
         with seeded(architecture, seed):
             output = run_generate(architecture, ids, options)
@@ -322,7 +325,7 @@ def run_generate(architecture: Architecture, ids: Sequence[int], options: Mappin
     """Call ``model.generate`` for one prompt; its output has ``sequences [row, position]``."""
     model: Any = architecture.model
     input_ids = torch.tensor([list(ids)], device=architecture.input_device)
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, model)
         return model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
 

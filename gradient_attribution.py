@@ -30,24 +30,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from attention_attribution import attention_rollout, gradient_attention, pattern_sites
 from attribution_targets import Targets, make_request
+from embedding_baseline import baseline_embeddings
 from embedding_pass import (
     EmbeddingPass,
     Measure,
     embedding_pass,
-    mean_embedding,
-    token_embeddings,
 )
 from forward_pass import InputError
 from gradient_check import check_gradient
 from model_architecture import Architecture
 from token_attribution import TokenAttribution
-from tokenization import Positions, Prompt, check_ids, encode, token_id, token_strings
+from tokenization import Positions, Prompt, check_ids, encode, token_strings
 from weighted_gradients import (
     along_path,
     around_input,
@@ -210,7 +208,7 @@ def attribute_tokens(
         measure = found.measure(opened.read)
         with tqdm(desc=options.method, unit="step", disable=hidden) as bar:
             scores, dims = _run(opened, measure, found, options, start, bar.update)
-        value = measure(opened.base)[0].double().cpu().numpy()
+        value = measure(opened.base)[0].cpu().double().numpy()
         nothing = np.full(len(value), np.nan)
         bottom = nothing if start is None else values_at(opened, measure, start)
     result = TokenAttribution(
@@ -299,46 +297,7 @@ def _baseline(
     if not options.takes_baseline:
         return None, ""
     asked = BASELINES[options.method] if options.baseline is None else options.baseline
-    if isinstance(asked, Tensor | np.ndarray):
-        return _given_baseline(arch, torch.as_tensor(asked), length), "given"
-    if isinstance(asked, str) and asked == "zero":
-        row, name = torch.zeros_like(token_embeddings(arch, [0])[0]), asked
-    elif isinstance(asked, str) and asked == "mean":
-        row, name = mean_embedding(arch), asked
-    else:
-        number = _baseline_token(arch, tokenizer, asked)
-        row = token_embeddings(arch, [number])[0]
-        name = f"token {token_strings(tokenizer, [number])[0]!r}"
-    return row.expand(length, -1), name
-
-
-def _baseline_token(arch: Architecture, tokenizer: Any, asked: Any) -> int:
-    if not isinstance(asked, str) or asked != "pad":
-        if not isinstance(asked, str) and not hasattr(asked, "__index__"):
-            raise InputError(
-                "a baseline is 'zero', 'mean', 'pad', a token by text or id, or a tensor [d] or "
-                f"[position, d]; came {asked!r}"
-            )
-        return token_id(tokenizer, asked, arch.config)
-    number = getattr(tokenizer, "pad_token_id", None)
-    if number is None:
-        raise InputError(
-            "the tokenizer has no pad token: choose baseline='zero', 'mean', or a token by text "
-            "or id"
-        )
-    return token_id(tokenizer, number, arch.config)
-
-
-def _given_baseline(arch: Architecture, given: Tensor, length: int) -> Tensor:
-    width = token_embeddings(arch, [0]).shape[-1]
-    if given.shape not in ((width,), (length, width)):
-        raise InputError(
-            f"a baseline is [d] or [position, d], [{width}] or [{length}, {width}]; came "
-            f"{list(given.shape)}"
-        )
-    if not given.is_floating_point() or not bool(torch.isfinite(given).all()):
-        raise InputError("a baseline must hold finite floating-point numbers")
-    return given.detach().to(arch.input_device).expand(length, -1)
+    return baseline_embeddings(arch, tokenizer, asked, length)
 
 
 # --- Methods --------------------------------------------------------------------------------------

@@ -2,22 +2,31 @@
 
 A layer whose kernel has no backward pass (quantized weights, a custom operation) may cut the graph
 without an error: the residual stream goes around it, and gradients come out, silently wrong.
-`check_gradient` finds that: along a short line through a probe's embeddings, what the output
-changes by must be the integral of the gradient.
+`check_gradient` finds that in two ways:
+
+- *cuts*: a module inside a block gives something that depends on the prompt's embeddings, but
+  autograd does not know it. In any precision.
+- *slope*: along a short line through a probe's embeddings, what the output changes by is the
+  integral of the gradient. In single and double precision; half rounds too much for that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embedding_pass import EmbeddingPass, Measure, embedding_pass
-from forward_pass import ArchitectureError
+from embedding_pass import EmbeddingPass, Measure, differentiable, embedding_pass
+from forward_pass import ArchitectureError, Hook, Tap, attached, read_hidden
 from model_architecture import Architecture
+from module_devices import exact
+from module_taps import Turn, hook_in_turn
 from tokenization import context_length
 from weighted_gradients import GradientPlan, weighted_gradients
 
@@ -29,22 +38,20 @@ LINES = ((0.0, 1e-2), (0.5, 1e-3), (0.5, 1e-2), (1.0, 1e-3), (1.0, 1e-2))
 """Where each line lies: how far from the probe's embeddings, and how long, against their own
 length. They are tried until one agrees: on some, a mixture of experts jumps from one to another."""
 
-HALF_LINES = ((0.0, 0.1), (0.0, 0.3), (0.5, 0.1), (0.5, 0.3), (1.0, 0.1))
+ALLOWED = 0.03
+"""Relative difference of slope and gradient."""
 
-ALLOWED, HALF_ALLOWED = 0.03, 0.5
-"""Relative difference; half precision rounds too much for a close look."""
+ASIDE = 0.3
+"""How far the embeddings move, against their own length, to see what depends on them."""
 
-_CHECKED: WeakKeyDictionary[nn.Module, tuple[int, float]] = WeakKeyDictionary()
+_CHECKED: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()
 
 
-def check_gradient(architecture: Architecture) -> float:
+def check_gradient(architecture: Architecture) -> None:
     """Compare a model's gradient with its slope on a few tokens, once per model.
 
     Args:
         architecture: The model, with a head.
-
-    Returns:
-        The relative difference.
 
     Raises:
         ArchitectureError: the model has no gradient, or one that is not its slope.
@@ -54,44 +61,144 @@ def check_gradient(architecture: Architecture) -> float:
     fingerprint = hash((kind, *(id(module) for module in model.modules())))
     known = _CHECKED.get(model)
     if known is None or known[0] != fingerprint:
-        known = (fingerprint, _difference(architecture))
+        known = (fingerprint, _fault(architecture))
         _CHECKED[model] = known
-    allowed = HALF_ALLOWED if _is_half(model.dtype) else ALLOWED
-    if known[1] > allowed:
+    if known[1]:
         raise ArchitectureError(
-            f"the gradient of {type(model).__name__} is not the slope of its output: they differ "
-            f"by {known[1]:.0%} on a probe (allowed: {allowed:.0%}). A layer cuts the graph "
-            "(quantized weights, a kernel without a backward pass). method='occlusion' needs no "
+            f"the gradient of {type(model).__name__} is not the slope of its output: {known[1]} "
+            "(quantized weights, or a kernel without a backward pass). method='occlusion' needs no "
             "gradient; check_gradients=False goes on regardless"
         )
-    return known[1]
 
 
-def _difference(architecture: Architecture) -> float:
+def _fault(architecture: Architecture) -> str:
+    """What is wrong with a model's gradient, in words; "" where nothing is."""
+    cut = cut_modules(architecture)
+    if cut:
+        names = ", ".join(cut[:3]) + (f" and {len(cut) - 3} more" if len(cut) > 3 else "")
+        return f"autograd does not see through {names}"
+    if torch.finfo(architecture.model.dtype).bits < 32:
+        return ""
+    apart = slope_difference(architecture)
+    return "" if apart <= ALLOWED else f"they differ by {apart:.0%} on a probe"
+
+
+def _probe(architecture: Architecture) -> list[int]:
     room = context_length(architecture.config) or PROBE_TOKENS
-    length = min(PROBE_TOKENS, room)
-    ids = torch.arange(3, 3 + length).remainder(architecture.config.vocab_size).tolist()
-    half = _is_half(architecture.model.dtype)
+    ids = torch.arange(3, 3 + min(PROBE_TOKENS, room))
+    return ids.remainder(architecture.config.vocab_size).tolist()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _directions(like: Tensor, count: int, seed: int) -> list[Tensor]:
+    """Random tensors of the same shape and length."""
+    draws = torch.randn(count, *like.shape, generator=torch.Generator().manual_seed(seed))
+    return [each * like.norm() / each.norm() for each in draws.to(like)]
+
+
+# --- Cuts -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _OutputTap:
+    """Looks at the tensor that a module gives, where it gives one."""
+
+    module: nn.Module
+
+    def attach(self, stack: ExitStack, hook: Hook, last: bool = False) -> None:
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            empty = isinstance(output, tuple | list) and not output
+            value: Any = None if empty else read_hidden(output)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                hook(value)
+
+        hook_in_turn(stack, self.module, after, Turn.of(last, False), before=False)
+
+
+def cut_modules(architecture: Architecture) -> list[str]:
+    """Names of modules in blocks that depend on the embeddings behind autograd's back.
+
+    Args:
+        architecture: The model, with a head.
+
+    Raises:
+        ArchitectureError: the model has no gradient at all.
+    """
+    parts = {
+        module: f"{block}.{path}".rstrip(".")
+        for block, whole in zip(architecture.layer_names, architecture.blocks, strict=True)
+        for path, module in whole.named_modules()
+    }
+    ids = _probe(architecture)
+    with embedding_pass(architecture, ids, [len(ids) - 1]) as opened:
+        center = _wide(opened.embedding)
+        (aside,) = _directions(center, 1, seed=0)
+        before = _without_graph(opened, parts, center)
+        after = _without_graph(opened, parts, center + ASIDE * aside) if before else {}
+    return [name for name, value in before.items() if _moved(value, after.get(name))]
+
+
+def _without_graph(
+    opened: EmbeddingPass, parts: dict[nn.Module, str], embeddings: Tensor
+) -> dict[str, Tensor]:
+    """What modules give that needs no gradient, though the embeddings do."""
+    found: dict[str, Tensor] = {}
+
+    def looking(name: str) -> Hook:
+        def look(value: Tensor) -> None:
+            wanted = torch.is_grad_enabled()  # a model that picks indices wants none there
+            if wanted and not value.requires_grad:
+                found[name] = value.detach().clone()
+
+        return look
+
+    taps: list[tuple[Tap, Hook]] = [
+        (_OutputTap(part), looking(name)) for part, name in parts.items()
+    ]
+    with torch.enable_grad(), differentiable(opened.name), attached(taps, last=True):
+        leaf = embeddings.to(opened.embedding.dtype)[None].requires_grad_()
+        if not opened.logits(leaf).requires_grad:
+            raise RuntimeError("the output does not require grad")
+    return found
+
+
+def _moved(before: Tensor, after: Tensor | None) -> bool:
+    if after is None or before.shape != after.shape:
+        return False
+    apart = (exact(before) - exact(after)).norm()
+    return bool(apart > 1e-3 * exact(before).norm())
+
+
+# --- Slope ----------------------------------------------------------------------------------------
+
+
+def slope_difference(architecture: Architecture) -> float:
+    """Relative difference between change and integrated gradient, on the line where it is least.
+
+    Args:
+        architecture: The model, with a head.
+
+    Raises:
+        ArchitectureError: the model has no gradient at all.
+    """
     found = []
-    with embedding_pass(architecture, ids, range(length)) as opened:
-        for number, (away, step) in enumerate(HALF_LINES if half else LINES):
+    ids = _probe(architecture)
+    with embedding_pass(architecture, ids, range(len(ids))) as opened:
+        for number, (away, step) in enumerate(LINES):
             found.append(_along_line(opened, away, step, number))
-            if found[-1] <= (HALF_ALLOWED if half else ALLOWED):
+            if found[-1] <= ALLOWED:
                 break
     return min(found)
-
-
-def _is_half(dtype: torch.dtype) -> bool:
-    return torch.finfo(dtype).bits < 32
 
 
 def _along_line(opened: EmbeddingPass, away: float, step: float, seed: int) -> float:
     """Relative difference between change and integrated gradient of some logits."""
     measure = _some_logits(opened)
-    center = opened.embedding.to(torch.promote_types(opened.embedding.dtype, torch.float32))
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randn(2, *center.shape, generator=generator).to(center)
-    aside, line = (each * center.norm() / each.norm() for each in draws)
+    center = _wide(opened.embedding)
+    aside, line = _directions(center, 2, seed)
     center, line = center + away * aside, step * line
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
 
@@ -103,7 +210,7 @@ def _along_line(opened: EmbeddingPass, away: float, step: float, seed: int) -> f
     slopes, _ = weighted_gradients(opened, measure, plan)
     with torch.no_grad():
         ends = torch.stack([center - line, center + line]).to(opened.embedding.dtype)
-        values = measure(opened.logits(ends)).double().cpu().numpy()
+        values = measure(opened.logits(ends)).cpu().double().numpy()
     change, integral = values[1] - values[0], slopes.sum(-1)
     size = float(np.linalg.norm(change))
     apart = float(np.linalg.norm(change - integral))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from base_run import logits_at, read_only
 from forward_pass import Hook, InputError, Recording, Site, edit, evaluate, recording
+from interrupts import UndoStack
 from model_architecture import Architecture
 
 
@@ -38,7 +39,8 @@ def run_plain(
     Returns:
         A dict from site to tensor, detached; ``.logits [row, read, vocab]`` beside it.
     """
-    with torch.no_grad(), ExitStack() as stack:
+    with UndoStack() as stack:
+        stack.enter_context(torch.no_grad())
         evaluate(stack, architecture.model)
         kept = stack.enter_context(recording(architecture, sites))
         kept.logits = _logits(stack, architecture, ids, read)
@@ -121,7 +123,9 @@ def run_with_graph(
     if droppable:
         for layer in range(first, architecture.n_layers):
             edits += _bypass(layer, dropped)
-    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+    with UndoStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         evaluate(stack, architecture.model)
         kept = stack.enter_context(recording(architecture, sites, detach=False))
         stack.enter_context(edit(architecture, edits))

@@ -25,6 +25,7 @@ from forward_pass import (
     write_hidden,
     write_input,
 )
+from interrupts import UndoStack, until_closed
 from model_architecture import Architecture
 
 WHOLE_CACHE = frozenset({"key", "value"})
@@ -113,7 +114,7 @@ def resume_growing(
 
     ids = base.inputs["input_ids"][:, start:]
     ids = ids[:1] if grows else ids[prompts.to(ids.device)]
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         taps = [(architecture.tap(site), hook) for site, hook in hooks]
         _join(stack, architecture, found, first)
         stack.enter_context(attached(taps))
@@ -135,9 +136,9 @@ def _join(
     skip_blocks(stack, architecture, range(min(first, n_layers - 1)))
     for layer, new in found.items():
         if layer < n_layers:
-            stack.callback(_join_before(architecture, layer, new, layer == first).remove)
+            until_closed(stack, _join_before, architecture, layer, new, layer == first)
         elif first < layer:
-            stack.callback(_join_behind(architecture, new).remove)
+            until_closed(stack, _join_behind, architecture, new)
 
 
 def _join_before(architecture: Architecture, layer: int, new: Tensor, alone: bool) -> Any:

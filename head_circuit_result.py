@@ -215,6 +215,8 @@ class CompositionScores(Kept):
     def plot(self, kind: str = "k", reader: str | None = None, **options: Any) -> Any:
         """Writers down and readers across; with ``reader`` the grid of its writers.
 
+        White is `chance`, red above it.
+
         Args:
             kind: ``"q"``, ``"k"`` or ``"v"``.
             reader: A head, such as ``"4.2"``.
@@ -225,14 +227,15 @@ class CompositionScores(Kept):
         """
         from heat_maps import plot_head_grid, plot_heatmap
 
-        values, rows = self.of(kind, reader), [str(layer) for layer in self.layers]
-        limits = (self.chance, None)
-        name = f"{kind.upper()}-composition (from chance, {self.chance:.2f})"
-        chosen: dict[str, Any] = {"limits": limits, "signed": False}
+        values = self.of(kind, reader) - self.chance
+        rows, name = [str(layer) for layer in self.layers], f"{kind.upper()}-composition − chance"
+        title = f"What heads read of earlier ones (chance is {self.chance:.2g})"
+        chosen: dict[str, Any] = {"signed": True, "title": title}
         if reader is not None:
             earlier = ~np.isnan(values).all(axis=1)
             shown = [row for row, kept in zip(rows, earlier, strict=True) if kept]
-            chosen |= {"title": f"What {reader} reads", "name": name}
+            chosen |= {"title": f"What head {reader} reads (chance is {self.chance:.2g})"}
+            chosen["name"] = name
             return plot_head_grid(values[earlier], shown, **(chosen | options))
         heads = self.values.shape[2]
         labels = [f"{layer}.{head}" for layer in self.layers for head in range(heads)]

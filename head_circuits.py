@@ -6,7 +6,9 @@
     head_directions(architecture, tokenizer, "4.4")      # what it reads and writes, by strength
 
 No ``[d_model, d_model]`` circuit and no ``[vocab, vocab]`` matrix is ever made: everything is
-worked out on the d_head × d_head inside of a product (`factored_matrix`).
+worked out on the d_head × d_head inside of a product (`factored_matrix`). Biases, rotation by
+position, gates, and a norm between attention and the stream (Gemma 2, OLMo 2) are in none of it;
+what a head does on a prompt, all of these included, is told by `head_writing`.
 
 References: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits"; Millidge &
 Black (2022), "The Singular Value Decompositions of Transformer Weight Matrices are Highly

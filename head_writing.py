@@ -14,7 +14,6 @@ effects of all heads, of everything else and of the biases add up to the logit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,7 @@ from head_circuit_result import padded
 from head_circuits import texts_of, through_vocabulary, token_ids_of, unembedding
 from head_weights import OutputWeights, layers_with_heads, output_weights
 from head_writing_result import HeadWrites, WeightedPatterns
+from interrupts import UndoStack
 from model_architecture import Architecture, Layer
 from module_devices import exact
 from norm_gain import NormGain, final_norm_gain, norm_gains
@@ -259,7 +259,7 @@ def _read_point(
 
         return hook
 
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, architecture.model)
         sites = [Site(name, layer) for layer in layers for name in ("head_out", "attn_out")]
         sites.append(last)

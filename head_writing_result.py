@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from head_circuit_result import Kept, head_place
-from token_labels import axis_labels, can_draw
+from token_labels import can_draw, readable_token
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,24 +75,21 @@ class WeightedPatterns(Kept):
         return pd.DataFrame(columns)
 
     def plot(self, head: str, weighted: bool = True, **options: Any) -> Any:
-        """One head: query tokens down, key tokens across. See `heat_maps.plot_heatmap`.
+        """One head: query tokens down, key tokens across.
 
         Args:
             head: ``"4.2"``.
             weighted: With False the plain pattern.
-            **options: For `heat_maps.plot_heatmap`.
+            **options: For `attention_figures.plot_pattern`.
 
         Raises:
             InputError: there is no such head.
         """
-        from heat_maps import plot_heatmap
+        from attention_figures import plot_pattern
 
-        labels = axis_labels(list(self.tokens), drawable=can_draw)
         what = "length of what is moved" if weighted else "attention"
-        table = np.where(np.tri(len(labels), dtype=bool), self.of(head, weighted), np.nan)
-        chosen: dict[str, Any] = {"title": f"Head {head}: {what}", "value_label": what}
-        chosen |= {"x_name": "key", "y_name": "query", "signed": False, "limits": (0.0, None)}
-        return plot_heatmap(table, labels, labels, **(chosen | options))
+        chosen: dict[str, Any] = {"title": f"Head {head}: {what}", "name": what}
+        return plot_pattern(self.of(head, weighted), self.tokens, **(chosen | options))
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +161,7 @@ class HeadWrites(Kept):
         what = "direct effect on the logit" + (" before its cap" if self.before_cap else "")
         chosen: dict[str, Any] = {
             "name": what,
-            "title": f"Heads that write {self.targets[target]!r}",
+            "title": f"Heads that write {readable_token(self.targets[target], 24, can_draw)}",
         }
         rows = [str(layer) for layer in self.layers]
         return plot_head_grid(self.values[..., target], rows, **(chosen | options))

@@ -284,6 +284,20 @@ def cell_figsize(shape: tuple[int, ...], with_text: bool) -> tuple[float, float]
     return width, min(max(rows * per_row + 1.5, 2.6), most[1])
 
 
+def number_cells(values: np.ndarray, form: str = "{:.2f}", most: int = 16) -> np.ndarray | None:
+    """The numbers of a small table as text for its cells, ``[row, column]``; None of a large one.
+
+    Args:
+        values: ``[row, column]``; what is not finite stays empty.
+        form: A format.
+        most: Rows or columns of a table that is small.
+    """
+    if max(values.shape) > most:
+        return None
+    write = np.vectorize(lambda x: form.format(x) if np.isfinite(x) else "", otypes=[object])
+    return write(values)
+
+
 def as_table(values: Any, name: str) -> np.ndarray:
     """Any array of two axes, as floats.
 
@@ -402,7 +416,7 @@ def plot_similarity(
     count = len(table)
     if table.shape != (count, count):
         raise ValueError(f"a similarity is [layer, layer]; it is {list(table.shape)}")
-    texts = np.vectorize("{:.2f}".format, otypes=[object])(table) if count <= 16 else None
+    texts = number_cells(table)
     side = min(max(count * 0.42, 3.6), 9.0)
     chosen = {
         "figsize": (side + 1.4, side),

@@ -18,7 +18,6 @@ goes into it, and an effect is how far that moves the clean run's answer towards
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +29,7 @@ from causal_tracing import CausalTracer, trace_subject
 from feature_attribution import attribute_features, compute_feature_attribution
 from forward_pass import InputError, Site, evaluate
 from generation import generate_text
+from interrupts import UndoStack
 from intervention_handler import (
     ActivationPatch,
     InterventionHandler,
@@ -246,7 +246,7 @@ def _check_positions(handler: InterventionHandler, length: int) -> None:
 @torch.no_grad()
 def _logits(handler: InterventionHandler, ids: Sequence[int], patched: bool = True) -> Tensor:
     arch = handler.architecture
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, arch.model)
         if patched:
             stack.enter_context(handler)

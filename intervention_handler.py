@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from forward_pass import InputError, attached, run_every_position
+from interrupts import UndoStack, interrupts_held
 from model_architecture import Architecture
 from pass_positions import SequenceClock
 from patch_binding import ActivationPatch, Bound, bind, by_token, token_shape, token_shapes
@@ -77,7 +78,7 @@ class InterventionHandler:
         self.interventions: list[Bound] = []
         """In the order registered."""
         self._stack: ExitStack | None = None
-        self._attached = ExitStack()
+        self._attached = UndoStack()
         self._clock = SequenceClock()
 
     def __repr__(self) -> str:
@@ -132,17 +133,27 @@ class InterventionHandler:
         """
         if self._stack is not None:
             raise InputError("this handler is open already; make a second one to nest them")
-        with ExitStack() as stack:
-            self._clock = SequenceClock()
-            self._clock.attach(stack, self.architecture.body)
-            self._clock.announce_to(self._check_pass)
-            run_every_position(stack, self.architecture)
-            stack.enter_context(self._attached)
-            for bound in self.interventions:
-                bound.places.clear()
-                self._attach(bound)
-            self._stack = stack.pop_all()
+        try:
+            with interrupts_held(), UndoStack() as stack:
+                self._clock = SequenceClock()
+                self._clock.attach(stack, self.architecture.body)
+                self._clock.announce_to(self._check_pass)
+                run_every_position(stack, self.architecture)
+                stack.enter_context(self._attached)
+                for bound in self.interventions:
+                    bound.places.clear()
+                    self._attach(bound)
+                self._stack = stack.pop_all()
+        except BaseException:
+            self._detach()
+            raise
         return self
+
+    def _detach(self) -> None:
+        with interrupts_held():
+            stack, self._stack = self._stack, None
+            if stack is not None:
+                stack.close()
 
     def __exit__(self, kind: Any, _error: Any, _trace: Any) -> None:
         """Remove the hooks.
@@ -151,9 +162,7 @@ class InterventionHandler:
             InputError: an intervention never changed one of the tokens that it names, and nothing
                 else went wrong.
         """
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            stack.close()
+        self._detach()
         if kind is None:
             for bound in self.interventions:
                 bound.check_done(self._clock)

@@ -15,7 +15,6 @@ With the norm's scale held at the value that it has at one token, the rest is li
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,14 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from forward_pass import Hook, ModuleTap, SiteError, attached, resume
+from interrupts import UndoStack
 from model_architecture import Architecture
 from module_devices import exact, stored_matrix
 from norm_gain import SIZE, NormGain, fit_norm, noise_like
 
-LEVELS = (0.0, 2.0**-10, -(2.0**-10), 1.0, -1.0, 16.0, -16.0, 256.0, -256.0)
+LEVELS = (0.0, 2.0**-10, -(2.0**-10), 16.0, -16.0, 256.0, -256.0)
 """What stands in the place of the unembedding's output in the first rows of the small pass."""
 
-ROWS = 16
+ROWS = 10
 """Rows of the small pass, each one token of noise."""
 
 FITS = 16
@@ -119,7 +119,7 @@ def find_tail(architecture: Architecture, stream: Tensor) -> LogitTail:
         (ModuleTap(head), feed),
     ]
     inputs = architecture.inputs(torch.ones(ROWS, 1, dtype=torch.long))
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         stack.enter_context(attached(taps))
         logits = resume(architecture, inputs, architecture.n_layers, noise)[:, 0]
     if not taken or taken[0].shape != noise.shape:

@@ -73,6 +73,8 @@ from intervention import (
     patch_and_run,
     path_patching,
 )
+from layer_attribution import layer_attribution
+from layer_attribution_result import LayerAttribution
 from lens_reports import (
     analyze_generation_token,
     predict_last,
@@ -389,7 +391,7 @@ class ModelAnalyzer:
     def composition_scores(
         self,
         kinds: str | Sequence[str] = KINDS,
-        layers: Sequence[Layer] | None = None,
+        layers: Sequence[Layer] | Layer | None = None,
         **options: Any,
     ) -> CompositionScores:
         """How strongly each head's query, key and value read what each earlier head writes.
@@ -415,7 +417,7 @@ class ModelAnalyzer:
         return head_directions(self.architecture, self.tokenizer, head, **options)
 
     def value_weighted_patterns(
-        self, prompt: Prompt, layers: Sequence[Layer] | None = None
+        self, prompt: Prompt, layers: Sequence[Layer] | Layer | None = None
     ) -> WeightedPatterns:
         """Attention times the length of what each token's value writes (Kobayashi et al. 2020).
 
@@ -564,6 +566,20 @@ class ModelAnalyzer:
         return attribution_sweeps(
             self.model, self.tokenizer, clean_prompt, corrupted_prompt, sites, **options
         )
+
+    def layer_attribution(
+        self,
+        prompt: Prompt,
+        site: str = "resid_post",
+        method: str = "conductance",
+        **options: Any,
+    ) -> LayerAttribution:
+        """How much each unit of a site speaks for a prediction, in every block and token.
+
+        ``method`` is ``conductance``, ``integrated_gradients`` or ``internal_influence``.
+        See `layer_attribution.layer_attribution`.
+        """
+        return layer_attribution(self.model, self.tokenizer, prompt, site, method, **options)
 
     def patch_paths(
         self,

@@ -36,6 +36,7 @@ from expert_routing import ROUTING, RoutingTap
 from forward_pass import (
     SITES,
     ArchitectureError,
+    InputError,
     LayerError,
     ModuleTap,
     Site,
@@ -236,14 +237,30 @@ class Architecture:
         Returns:
             ``input_ids``, and where there is padding ``attention_mask`` and, if the model takes
             them, ``position_ids`` counted from each row's first real token.
+
+        Raises:
+            InputError: there is padding, and the model would make NaN of it: float64, with the
+                eager attention of transformers.
         """
         inputs = {"input_ids": token_ids.to(self.input_device)}
         if attention_mask is not None and not bool(attention_mask.all()):
+            self._require_padding()
             mask = attention_mask.to(self.input_device)
             inputs["attention_mask"] = mask
             if "position_ids" in self.forward_parameters:
                 inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         return inputs
+
+    def _require_padding(self) -> None:
+        """Refuse what eager attention makes of float64: its softmax is float32, and overflows."""
+        eager = getattr(self.config, "_attn_implementation", None) == "eager"
+        attends = any(found.attention_calls for found in self.structure)
+        if eager and attends and self.model.dtype == torch.float64:
+            raise InputError(
+                "transformers' eager attention makes NaN of padding in float64; load the model in "
+                "float32 or with attn_implementation='sdpa', or run one prompt at a time "
+                "(batch_size=1)"
+            )
 
     def require_head(self, purpose: str) -> None:
         """Raise ArchitectureError if the model was loaded without its language-model head."""
@@ -353,7 +370,9 @@ class Architecture:
         """A tap on a site inside a block, gathered where each process holds a part of it."""
         tap = self._inner_tap(name, found, block)
         sizes = {
-            **dict.fromkeys(("query", "attn_pattern", "head_out"), (found.head_parts, found.n_heads)),
+            **dict.fromkeys(
+                ("query", "attn_pattern", "head_out"), (found.head_parts, found.n_heads)
+            ),
             **dict.fromkeys(("key", "value"), (found.kv_head_parts, found.n_kv_heads)),
             "mlp_neurons": (found.neuron_parts, getattr(tap.module, "in_features", 0)),
         }

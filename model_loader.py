@@ -29,6 +29,7 @@ from block_finding import text_config
 from checkpoints import (
     ModelLoadError,
     auto_class,
+    holds_tokenizer,
     import_modeling,
     locate,
     read_config,
@@ -184,12 +185,7 @@ def _live_model(
             f"the model lies on {here}, not on {wanted}; "
             f"move it with model.to({str(wanted)!r}) first"
         )
-    if (
-        tokenizer is None
-        and load_tokenizer
-        and model.name_or_path
-        and Path(model.name_or_path).is_dir()
-    ):
+    if tokenizer is None and load_tokenizer and holds_tokenizer(model.name_or_path):
         tokenizer = read_tokenizer(model.name_or_path, {"local_files_only": True})
     return model, tokenizer
 

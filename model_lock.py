@@ -23,7 +23,11 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from interrupts import breathe, interrupts_held
 from sites import Hook, InputError
+
+PATIENCE = 0.05
+"""Seconds for which Ctrl-C waits while another thread has the model."""
 
 _guard = threading.Lock()
 _locks: WeakKeyDictionary[nn.Module, ModelLock] = WeakKeyDictionary()
@@ -51,18 +55,23 @@ class ModelLock:
         self._depth = 0
         self._eager = False
 
-    def acquire(self) -> None:
-        """Wait for other threads; compiled models run eagerly from here on.
+    def acquire(self, seconds: float = -1) -> bool:
+        """Wait for other threads, for ever or so long; compiled models run eagerly from here on.
+
+        Returns:
+            Whether it is ours now.
 
         Raises:
             InputError: an edit function of this model is under way in this thread.
         """
         self.refuse_reentry()
-        self._lock.acquire()
+        if not self._lock.acquire(timeout=seconds):
+            return False
         self._depth += 1
         if self._depth == 1 and self._compiled():
             self._eager = True
             _run_eagerly(1)
+        return True
 
     def release(self) -> None:
         """Undo one `acquire`."""
@@ -88,11 +97,12 @@ class ModelLock:
         """``hook``, known to be under way while it runs."""
 
         def run(value: Tensor) -> Tensor | None:
-            _editing.locks.append(self)
+            depth = len(_editing.locks)
             try:
+                _editing.locks.append(self)
                 return hook(value)
             finally:
-                _editing.locks.pop()
+                del _editing.locks[depth:]
 
         return run
 
@@ -118,9 +128,12 @@ def hold(stack: ExitStack, module: nn.Module) -> ModelLock:
         InputError: an edit function of this model is under way in this thread.
     """
     lock = lock_of(module)
-    lock.acquire()
-    stack.callback(lock.release)
-    return lock
+    while True:
+        with interrupts_held():
+            if lock.acquire(PATIENCE):
+                stack.callback(lock.release)
+                return lock
+        breathe()
 
 
 # --- Compiled models ------------------------------------------------------------------------------

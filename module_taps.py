@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from interrupts import until_closed
 from sites import ArchitectureError, Hook, SiteError
 
 
@@ -232,8 +233,8 @@ class WithinBlock:
         def guarded(value: Tensor) -> Tensor | None:
             return hook(value) if running[0] else None
 
-        stack.callback(self.block.register_forward_pre_hook(enter).remove)
-        stack.callback(self.block.register_forward_hook(leave, always_call=True).remove)
+        until_closed(stack, self.block.register_forward_pre_hook, enter)
+        until_closed(stack, self.block.register_forward_hook, leave, always_call=True)
         self.tap.attach(stack, guarded, last)
 
 
@@ -264,12 +265,11 @@ def hook_in_turn(
     """
     setattr(hook, _TURN, turn)
     if before:
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        until_closed(stack, module.register_forward_pre_hook, hook, with_kwargs=True)
         table: dict[int, Any] = module._forward_pre_hooks
     else:
-        handle = module.register_forward_hook(hook)
+        until_closed(stack, module.register_forward_hook, hook)
         table = module._forward_hooks
-    stack.callback(handle.remove)
     ours = [number for number, each in table.items() if hasattr(each, _TURN)]
     for number in sorted(ours, key=lambda number: getattr(table[number], _TURN)):
         table[number] = table.pop(number)

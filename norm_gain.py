@@ -9,7 +9,6 @@ at the value that it had at one point, a norm is linear: `NormGain.frozen`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from forward_pass import Hook, ModuleTap, Site, SiteError, attached, evaluate, recording
+from interrupts import UndoStack
 from model_architecture import Architecture
 from module_devices import exact
 
@@ -147,7 +147,7 @@ def norm_gains(architecture: Architecture, norms: Sequence[nn.Module]) -> list[N
         return hook
 
     inputs = architecture.inputs(torch.ones(ROWS, 1, dtype=torch.long))
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, architecture.model)
         stack.enter_context(
             attached([(ModuleTap(m, at_input=True), feed(m, i)) for i, m in enumerate(norms)])
@@ -214,7 +214,7 @@ def _what_attention_reads(
     read: dict[int, Tensor] = {}
     runs: dict[int, list[_Run]] = {layer: [] for layer in layers}
     sites = [Site("resid_pre", layer) for layer in layers]
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, architecture.model)
         kept = stack.enter_context(recording(architecture, sites))
         for layer in layers:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from forward_pass import ArchitectureError, Clock, InputError
+from interrupts import until_closed
 
 PassPositions = str | int | slice | Sequence[int] | Tensor | np.ndarray | None
 """Which tokens: see the head of this module."""
@@ -125,7 +126,7 @@ class SequenceClock(Clock):
     def attach(self, stack: ExitStack, body: nn.Module) -> None:
         """Follow every call of ``body`` until ``stack`` closes."""
         super().attach(stack, body)
-        stack.callback(body.register_forward_pre_hook(self._announce, with_kwargs=True).remove)
+        until_closed(stack, body.register_forward_pre_hook, self._announce, with_kwargs=True)
 
     def announce_to(self, listener: Any) -> None:
         """Call ``listener()`` before the blocks of every pass run."""

@@ -23,7 +23,6 @@ output may have changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +40,7 @@ from forward_pass import (
     skip_blocks,
 )
 from growing_pass import WHOLE_CACHE, resume_growing
+from interrupts import UndoStack
 from model_architecture import Architecture
 
 SIDES = tuple(INPUTS.values())
@@ -201,7 +201,7 @@ def _head_deltas(
     ids = runs.base.inputs["input_ids"][:, start:].expand(count, -1)
     hooks = [(arch.tap(Site("head_out", layer)), hand_over(layer)) for layer in heads]
     sites = [Site("attn_out", layer) for layer in heads]
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         skip_blocks(stack, arch, [i for i in range(arch.n_layers) if i not in heads])
         kept = stack.enter_context(recording(arch, sites))
         stack.enter_context(attached(hooks))
@@ -244,7 +244,7 @@ def run_paths(runs: PathRuns, plans: Sequence[PathPlan], grows: bool) -> Tensor:
         return (stream + added).to(stream.dtype)
 
     prompts = torch.zeros(len(pairs) + len(plans), dtype=torch.long)
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, arch.model)
         deltas = sender_deltas(runs, plans)
         hooks = _Passing(runs, pairs, deltas[: len(pairs)]).hooks() if pairs else []

@@ -18,6 +18,12 @@ from token_labels import drawing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LINE: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.8}
+"""How a score by layer is drawn."""
+
+EDGE = 0.04
+"""Room below 0 and above 1, of an axis of shares."""
+
 
 def plot_probes(
     result: Any,
@@ -51,18 +57,15 @@ def plot_probes(
         if result.null.shape[1] > 1:
             low, high = np.percentile(result.null, [2.5, 97.5], axis=1)
             ax.fill_between(layers, low, high, color="#dddddd", label="labels permuted (95 %)")
-        _baselines(ax, result)
-        look: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.8}
-        error = {"yerr": result.stderr, "elinewidth": 0.8, "capsize": 2}
-        ax.errorbar(layers, scores, **error, color=PALETTE[0], label=groups, **look)
+        error: dict[str, Any] = {"elinewidth": 0.8, "capsize": 2, "fmt": "none"}
+        ax.errorbar(layers, scores, result.stderr, ecolor=PALETTE[0], **error)
+        ax.plot(layers, scores, color=PALETTE[0], label=groups, **LINE)
         if result.n_groups:
             label = "new examples of known groups"
-            ax.plot(layers, result.shared_scores, color=PALETTE[5], label=label, **look)
+            ax.plot(layers, result.shared_scores, color=PALETTE[5], label=label, **LINE)
         if np.isfinite(result.control).any():
-            ax.plot(layers, result.control, color=PALETTE[1], label="control task", **look)
-        ax.set(xlabel="layer", ylabel=result.score_name)
-        ax.set_title(_heading(result) if title is None else title, fontsize=11)
-        _integer_axis(ax, layers)
+            ax.plot(layers, result.control, color=PALETTE[1], label="control task", **LINE)
+        _frame(ax, layers, result, _heading(result) if title is None else title)
         _legend(ax, _second_axis(ax, against, against_name))
     return finish(figure_of(ax), save_path, show)
 
@@ -91,14 +94,9 @@ def plot_erasure(
     heading = f"{result.site}: erased at layer {layers[0]} ({result.method}, rank {result.rank})"
     with drawing():
         ax = _axes(ax, len(layers))
-        _baselines(ax, result)
-        look: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.8}
-        ax.plot(layers, result.before, color=PALETTE[0], label="as it is", **look)
-        ax.plot(layers, result.after, color=PALETTE[1], label="erased, probe refitted", **look)
-        score = "accuracy" if result.task == "classification" else "R²"
-        ax.set(xlabel="layer", ylabel=score)
-        ax.set_title(heading if title is None else title, fontsize=11)
-        _integer_axis(ax, layers)
+        ax.plot(layers, result.before, color=PALETTE[0], label="as it is", **LINE)
+        ax.plot(layers, result.after, color=PALETTE[1], label="erased, probe refitted", **LINE)
+        _frame(ax, layers, result, heading if title is None else title)
         _legend(ax, [])
     return finish(figure_of(ax), save_path, show)
 
@@ -107,9 +105,16 @@ def _axes(ax: Axes | None, layers: int) -> Axes:
     return ax or new_figure((min(max(5.6, 0.34 * layers + 3.0), 14.0), 3.8)).subplots()
 
 
-def _integer_axis(ax: Axes, layers: np.ndarray) -> None:
+def _frame(ax: Axes, layers: np.ndarray, result: Any, title: str) -> None:
+    """Baselines, limits and names of the axes."""
     from matplotlib.ticker import MaxNLocator
 
+    _baselines(ax, result)
+    accuracy = result.task == "classification"
+    ax.set(xlabel="layer", ylabel="accuracy" if accuracy else "R²")
+    if accuracy:
+        ax.set_ylim(-EDGE, 1 + EDGE)
+    ax.set_title(title, fontsize=11)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
     ax.set_xlim(layers.min() - 0.5, layers.max() + 0.5)
     ax.spines[["top", "right"]].set_visible(False)
@@ -139,12 +144,17 @@ def _second_axis(
     if not curves:
         return []
     other = ax.twinx()
+    limits = ax.get_ylim()
+    inside = True
     for place, (label, values) in enumerate(curves.items()):
         color = PALETTE[(2 + place) % len(PALETTE)]
         points = sorted(values.items())
         xs, ys = [x for x, _ in points], [y for _, y in points]
+        inside = inside and all(limits[0] <= y <= limits[1] for y in ys)
         other.plot(xs, ys, color=color, linestyle="--", marker="s", markersize=3.5, label=label)
-    other.set_ylabel(name)
+    if inside and limits[1] == 1 + EDGE:  # of shares both, so heights shall mean the same
+        other.set_ylim(limits)
+    other.set_ylabel(name, fontsize=9)
     other.spines["top"].set_visible(False)
     return [other]
 

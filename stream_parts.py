@@ -10,7 +10,6 @@ what is added to the stream. Where the numbers do not bear this out, the writer 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +28,7 @@ from forward_pass import (
     recording,
     take_positions,
 )
+from interrupts import UndoStack
 from logit_tail import multiple_of, norm_factor
 from model_architecture import Architecture
 from norm_gain import SIZE, NormGain, fit_norm, noise_like
@@ -37,7 +37,7 @@ ROWS = 16
 """Vectors of noise by which a norm behind a matrix is known."""
 
 SAMPLE = 8
-"""At how many positions, at most, the unembedding's whole output is kept."""
+"""At how many positions, at most, matrices are proven and the unembedding's output is kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,7 @@ def record_parts(
         sites: What else to keep.
     """
     index = torch.tensor(positions)
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, architecture.model)
         found = Recorded(stack.enter_context(recording(architecture, sites, index)))
         taps = [
@@ -248,7 +248,7 @@ def find_link(architecture: Architecture, writer: Writer, found: Recorded) -> Li
         return None
     last = architecture.blocks[writer.out.layer].get_submodule(writer.last)
     noise = noise_like(taken.new_empty(ROWS, 1, taken.shape[-1]), writer.out.layer, SIZE)
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, architecture.model)
         answer = last.forward(noise)
     norm = fit_norm(noise[:, 0], answer[:, 0])
@@ -262,11 +262,12 @@ def find_link(architecture: Architecture, writer: Writer, found: Recorded) -> Li
 def find_matrix(
     architecture: Architecture, writer: Writer, found: Recorded
 ) -> tuple[Tensor, Tensor] | None:
-    """Matrix ``[n_in, d_model]`` and bias of a writer, proven at the recorded points, or None."""
+    """Matrix ``[n_in, d_model]`` and bias of a writer, proven at some of the points, or None."""
     if writer.matrix is None or writer.inside is None:
         return None
     module = architecture.blocks[writer.out.layer].get_submodule(writer.matrix)
-    taken, given = found.at(writer.inside).flatten(1), found.given[writer.out]
+    rows = list(found.sample)
+    taken, given = found.at(writer.inside)[rows].flatten(1), found.given[writer.out][rows]
     return affine_of(Call(writer.matrix, module, taken, given, taken.shape[1]))
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +35,7 @@ from block_trace import (
 )
 from expert_routing import Routing
 from forward_pass import PLAIN, ArchitectureError, StreamShape, evaluate
+from interrupts import UndoStack
 from model_shards import count_parts, find_mesh
 from module_devices import exact
 
@@ -124,7 +124,7 @@ def probe_structure(
         config: The text config, for a residual multiplier and numbers of heads.
         inputs: One row of `PROBE_LENGTH` tokens, as ``body`` takes them.
     """
-    with ExitStack() as stack:
+    with UndoStack() as stack:
         evaluate(stack, model)
         clock = itertools.count()
         traces = [trace_block(stack, block, clock) for block in blocks]

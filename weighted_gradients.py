@@ -138,7 +138,7 @@ def weighted_gradients(
             wide = _wide(gradient)
             weights = plan.weights[list(numbers)].to(wide)
             factors = [] if whole or plan.factor is None else [plan.factor.to(wide)]
-            part[target] = torch.einsum(axes, wide, weights, *factors).double().cpu()
+            part[target] = torch.einsum(axes, wide, weights, *factors).cpu().double()
 
         opened.gradients(plan.points(numbers), measure, take)
         return part
@@ -159,7 +159,7 @@ def weighted_gradients(
         return total.numpy(), None
     if plan.factor is None:
         return total.norm(dim=-1).numpy(), total.numpy() if per_dimension else None
-    total *= plan.factor.double().cpu()
+    total *= plan.factor.cpu().double()
     return total.sum(-1).numpy(), total.numpy()
 
 
@@ -201,7 +201,7 @@ def occlusion(
         points = opened.embedding.repeat(len(numbers) + 1, 1, 1)
         for row, position in enumerate(numbers, 1):
             points[row, position] = standing[position]
-        values = measure(opened.logits(points)).double().cpu()
+        values = measure(opened.logits(points)).cpu().double()
         return values[:1] - values[1:]
 
     size = batch_size or rows_per_pass(opened, graph=False)
@@ -223,4 +223,4 @@ def values_at(opened: EmbeddingPass, measure: Measure, baseline: Tensor) -> np.n
     """The targets' values where every token has its baseline, ``[target]``, float64."""
     with torch.no_grad():
         logits = opened.logits(baseline.to(opened.embedding)[None])
-        return measure(logits)[0].double().cpu().numpy()
+        return measure(logits)[0].cpu().double().numpy()

@@ -17,10 +17,14 @@ import numpy as np
 from PIL import Image
 
 from activation_extraction import ActivationExtractor
+from attention_analysis import attention_patterns, head_summary
+from attribution_patching import attribution_patching
 from causal_tracing import CausalTracer
 from demo_model.write_corpus import NEGATIVE_WORDS, POSITIVE_WORDS
+from direct_attribution import logit_attribution
 from feature_attribution import attribute_features
 from figures import plot_head_grid
+from gradient_attribution import attribute_tokens
 from logit_lens import LogitLens
 from patching_sweep import patching_sweep
 from steering_sweep import steering_sweep
@@ -105,6 +109,22 @@ def of_interventions(lens: LogitLens) -> Iterator[tuple[str, Figure]]:
     yield "steering_sweep", table.plot()
 
 
+def of_looking_inside(lens: LogitLens) -> Iterator[tuple[str, Figure]]:
+    """What attention, direct and gradient attribution find."""
+    model, tokenizer, architecture = lens.model, lens.tokenizer, lens.architecture
+    yield "attention_heads", attention_patterns(model, tokenizer, CLEAN, 4).plot()
+    yield "head_scores", head_summary(model, tokenizer).plot()
+    parts = logit_attribution(architecture, tokenizer, CLEAN, " Mary", " John")
+    yield "logit_parts", parts.plot("waterfall")
+    fact = "The capital of France is"
+    yield "token_attribution", attribute_tokens(model, tokenizer, fact).plot()
+    estimate = attribution_patching(model, tokenizer, CLEAN, CORRUPTED, "head_out", exact=True)
+    yield "attribution_patching", estimate.plot()
+
+
+DRAWERS = (of_a_text, of_points, of_interventions, of_looking_inside)
+
+
 def main(folder: Path) -> None:
     """Save every picture.
 
@@ -112,7 +132,7 @@ def main(folder: Path) -> None:
         ValueError: one is too large for the repository.
     """
     lens = LogitLens(ROOT / "demo_model")
-    for name, figure in itertools.chain(of_a_text(lens), of_points(lens), of_interventions(lens)):
+    for name, figure in itertools.chain.from_iterable(draw(lens) for draw in DRAWERS):
         with io.BytesIO() as sheet:
             figure.savefig(sheet, dpi=120)
             picture = Image.open(sheet).convert("RGB").quantize(256, kmeans=3)

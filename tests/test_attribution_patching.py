@@ -23,6 +23,7 @@ from forward_pass import (
     Site,
     SiteError,
     edit,
+    record,
     recording,
 )
 from gradient_record import run_plain, run_with_graph

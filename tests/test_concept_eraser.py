@@ -26,7 +26,7 @@ from saved_files import read_after_damage
 
 
 def clouds(n=200, width=10, classes=2, seed=0):
-    """Correlated clouds of unequal spread, classes apart: ``[n, width]`` float64, labels ``[n]``."""
+    """Correlated clouds of unequal spread, classes apart: ``[n, width]``, and labels ``[n]``."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % classes)
     mixing = rng.normal(size=(width, width)) * np.geomspace(0.2, 5, width)
@@ -44,7 +44,7 @@ def root(matrix, power):
 
 
 def leace_by_the_paper(x, z):
-    """x − W⁺ P W (x − μ), W = Σ^(−½), P onto the columns of W Σ_xz (Belrose et al. 2023, 4.3)."""
+    """X − W⁺ P W (x − μ), W = Σ^(−½), P onto the columns of W Σ_xz (Belrose et al. 2023, 4.3)."""
     mean = x.mean(0)
     sigma = (x - mean).T @ (x - mean) / len(x)
     cross = (x - mean).T @ (z - z.mean(0)) / len(x)
@@ -215,7 +215,9 @@ def test_the_check_is_what_its_parts_do_by_hand(tiny):
             mean, scale = x[train].mean(0), x[train].std(0)
             probe = LogisticRegression(C=2.0, max_iter=10_000)
             probe.fit((x[train] - mean) / scale, np.array(labels)[train])
-            right[layer] += (probe.predict((x[test] - mean) / scale) == np.array(labels)[test]).sum()
+            right[layer] += (
+                probe.predict((x[test] - mean) / scale) == np.array(labels)[test]
+            ).sum()
     assert found.after == pytest.approx(right / 32, abs=1.5 / 32)
 
 
@@ -256,9 +258,13 @@ def test_as_a_patch_it_acts_at_the_positions_named(tiny):
     handler = InterventionHandler(tiny)
     handler.register_activation_patch(eraser.patch(positions=[1]))
     seen = []
-    handle = Architecture(tiny).blocks[2].register_forward_pre_hook(
-        lambda _m, args, kwargs: seen.append((args or (kwargs["hidden_states"],))[0][0]),
-        with_kwargs=True,
+    handle = (
+        Architecture(tiny)
+        .blocks[2]
+        .register_forward_pre_hook(
+            lambda _m, args, kwargs: seen.append((args or (kwargs["hidden_states"],))[0][0]),
+            with_kwargs=True,
+        )
     )
     with torch.no_grad(), handler:
         tiny(torch.tensor([prompts[0]]))

@@ -17,7 +17,12 @@ def test_the_demo_tells_its_story(tmp_path, monkeypatch, capsys):
     assert "12 layers" in first
     assert "FAILED" not in first
     assert re.search(r"From layer \S+ on, ' \w+' stays the best next token", first)
-    for name in ("logit_lens.png", "convergence.png", "sums.png", "sums.safetensors"):
+    assert re.search(r"HeadRanking\(induction: 4\.\d 0\.7", first)
+    assert re.search(r"' France' \+\d", first), "the token that the answer stands on"
+    for name in (
+        "logit_lens.png", "convergence.png", "sums.png", "sums.safetensors", "logit_parts.png",
+        "tokens.png", "attention.html",
+    ):  # fmt: skip
         assert (tmp_path / "out" / name).stat().st_size > 5000, name
 
 

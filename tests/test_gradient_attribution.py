@@ -94,9 +94,11 @@ def test_gradients_of_every_target_are_autograds(name):
         gradient = slope(model, start, lambda z, p=place, t=token: z[0, p, t])
         close(size.per_dimension[row], gradient)
         close(size.scores[row], gradient.norm(dim=-1))
-        close(times.scores[row], (gradient * start).sum(-1))
+        size_of_terms = float((gradient * start).abs().sum(-1).max())
+        gap = torch.from_numpy(times.scores[row]) - (gradient * start).sum(-1)
+        assert float(gap.abs().max()) <= 1e-5 * size_of_terms
         assert not size.scores[row, place + 1 :].any(), "exactly 0 after the target"
-        assert size.scores[row, : place + 1].all() or name == "mamba"
+        assert size.scores[row, : place + 1].all()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "granite", "cohere", "mamba"])
@@ -134,21 +136,21 @@ def test_gradient_x_input_is_captums(name):
 
 
 SMOOTH = [name for name in families.FAMILIES
-          if name not in ("opt", "mixtral", "qwen2_moe", "gpt_oss")]  # fmt: skip
+          if name not in ("opt", "mixtral", "qwen2_moe", "gpt_oss", "mamba")]  # fmt: skip
 """ReLU bends, and a choice of experts jumps: 50 nodes do not integrate those."""
 
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_integrated_gradients_add_up(name):
-    found = attribute_tokens(built(name), None, IDS, baseline=5, n_steps=50, targets=7)
+    found = attribute_tokens(built(name), None, IDS, baseline=5, n_steps=50, targets=[7, 8, 9])
     gap = found.value - found.baseline_value
-    assert abs(found.completeness_error[0]) <= 1e-3 * abs(gap[0])
+    assert (found.relative_error <= 1e-3).all()
     own = built(name)(torch.tensor([IDS])).logits[0, -1, 7]
     other = built(name)(torch.tensor([[5] * LENGTH])).logits[0, -1, 7]
-    if name not in PER_LAYER:
-        close(gap[0], (own - other).detach(), 1e-4)
+    close(gap[0], (own - other).detach(), 1e-4)
 
 
+@quiet
 def test_more_nodes_miss_by_less():
     model = built("falcon")
     missed = [
@@ -196,7 +198,7 @@ def test_on_a_linear_model_all_signed_methods_agree(baseline):
     }
     for table in tables.values():
         close(table, tables["gradient_x_input"], 2e-5)
-    assert np.abs(np.tril(tables["occlusion"])).min() > 1e-4
+    assert np.abs(tables["occlusion"][np.tril_indices(LENGTH)]).min() > 1e-4
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gemma3n_text"])
@@ -238,7 +240,7 @@ def test_metrics(name, metric):
     close(found.per_dimension[0], slope(model, embedded(model), of), 2e-5)
     own = attribute_tokens(model, None, IDS, "saliency", metric=of)
     close(own.scores, found.scores, 2e-5)
-    close(found.value, [float(of(model(torch.tensor([IDS])).logits))], 1e-5)
+    close(found.value, [float(of(model(torch.tensor([IDS])).logits.detach()))], 1e-5)
     assert own.targets == ("<lambda>",) and own.target_ids == (-1,)
 
 
@@ -329,9 +331,7 @@ def test_gradient_attention(name):
     model = eager(name)
     out = model(torch.tensor([IDS]), output_attentions=True)
     for place, token in ((3, 7), (LENGTH - 1, 9)):
-        slopes = torch.autograd.grad(
-            out.logits[0, place, token], out.attentions, retain_graph=True
-        )
+        slopes = torch.autograd.grad(out.logits[0, place, token], out.attentions, retain_graph=True)
         found = np.eye(LENGTH)
         for attention, by in zip(out.attentions, slopes, strict=True):
             step = np.clip((attention * by)[0].detach().double().numpy(), 0, None).mean(0)
@@ -367,9 +367,7 @@ def test_targets_by_default_are_the_models_own(gpt2):
 
 
 def test_targets_may_be_the_text_itself(gpt2):
-    found = attribute_tokens(
-        gpt2, None, IDS, "saliency", target_positions="all", follow_text=True
-    )
+    found = attribute_tokens(gpt2, None, IDS, "saliency", target_positions="all", follow_text=True)
     assert list(found.target_ids) == IDS[1:] and len(found.scores) == LENGTH - 1
     one = attribute_tokens(gpt2, None, IDS, "saliency", target_positions=3, follow_text=True)
     close(one.scores[0], found.scores[3])
@@ -379,9 +377,9 @@ def test_tokens_by_text():
     tokenizer = families.tiny_tokenizer(pad=True)
     found = attribute_tokens(
         built("gpt2"), tokenizer, "the cat sat on", "saliency", " the", metric="logit_diff",
-        against=[" a", " mat"],
+        against=[" a", " cat"],
     )  # fmt: skip
-    assert found.targets == (" the − a", " the − mat") and found.tokens[1] == " cat"
+    assert found.targets == (" the −  a", " the −  cat") and " cat" in found.tokens
     pad = attribute_tokens(built("gpt2"), tokenizer, "the cat", baseline="pad")
     assert pad.baseline == "token '<pad>'"
 
@@ -493,7 +491,7 @@ def fingerprint(model):
 def test_the_model_is_as_it_was(method):
     model = families.build("gpt2").train()
     model.transformer.h[1].eval()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.transformer.wte.weight.requires_grad_(False)
     model.transformer.h[0].requires_grad_(False)
     check_gradient(Architecture(model))
@@ -540,6 +538,7 @@ def test_double_precision_stays(gpt2):
 
 @quiet
 def test_a_batch_that_does_not_fit_is_halved(gpt2, monkeypatch):
+    monkeypatch.setattr("memory_limits.gc.collect", lambda: 0)  # it takes its time
     whole = attribute_tokens(gpt2, None, IDS, target_positions="all", n_steps=12)
     real = EmbeddingPass.logits
 
@@ -593,13 +592,42 @@ class InPlace(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_silently_cut_graph_is_found(layer, dtype):
     model = families.build("llama").to(dtype)
-    assert check_gradient(Architecture(model)) < 0.5
+    check_gradient(Architecture(model))
     block = model.model.layers[layer]
-    block.mlp = Cut(block.mlp)
     block.self_attn.v_proj = Cut(block.self_attn.v_proj)
-    with pytest.raises(ArchitectureError, match=r"not the slope of its output.*method='occlusion'"):
+    name = rf"model\.layers\.{layer}\.self_attn\.v_proj"
+    with pytest.raises(ArchitectureError, match=rf"see through {name} .*method='occlusion'"):
         attribute_tokens(model, None, IDS)
     assert np.isfinite(attribute_tokens(model, None, IDS, "occlusion").scores).all()
+
+
+def test_a_wrong_derivative_is_found():
+    """Autograd sees through it, and is told another slope."""
+
+    class Wrong(nn.Module):
+        def forward(self, hidden):
+            return 2 * hidden - hidden.detach()
+
+    model = families.build("llama")
+    check_gradient(Architecture(model))
+    model.model.layers[1].mlp = nn.Sequential(model.model.layers[1].mlp, Wrong())
+    with pytest.raises(ArchitectureError, match=r"they differ by \d+% on a probe"):
+        attribute_tokens(model, None, IDS)
+
+
+def test_no_family_is_suspected_in_half_precision(family):
+    check_gradient(Architecture(copy.deepcopy(family[1]).to(torch.bfloat16)))
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.ao")
+def test_quantized_weights():
+    """Torch's own int8 layers have no backward pass."""
+    model = torch.ao.quantization.quantize_dynamic(families.build("llama"), {nn.Linear})
+    with pytest.raises(ArchitectureError, match=r"quantized weights.*method='occlusion'"):
+        attribute_tokens(model, None, IDS, "saliency")
+    exact = attribute_tokens(built("llama"), None, IDS, "occlusion", targets=7).scores
+    close(attribute_tokens(model, None, IDS, "occlusion", targets=7).scores, exact, 0.3)
 
 
 def test_the_check_can_be_left_out():

@@ -1,115 +1,31 @@
-"""Ctrl-C, or any error, in the k-th forward pass of every long call: the model is as it was."""
+"""Ctrl-C, or any error, at any point of every long call: the model is as it was."""
 
+import contextlib
 import functools
+import os
+import random
+import signal
+import threading
+import time
 
 import pytest
 import torch
 
 import families
-from ablation import ablate
-from activation_extraction import ActivationExtractor
-from causal_tracing import trace_subject
-from direction_finding import find_directions
-from feature_attribution import attribute_features
-from generation import generate
-from lens_reports import analyze_generation_token
-from logit_lens import LogitLens
+from forward_pass import edit
+from interrupts import UndoStack, breathe, interrupts_held, until_closed
+from long_calls import CALLS, same
 from model_architecture import Architecture
+from model_lock import lock_of
 from patch_oracle import assert_untouched, state_of
-from patching_sweep import patching_sweep
-from path_patching import patch_paths
-from steering import generate_with_steering
-from steering_sweep import steering_sweep
-from tuned_lens import TunedLens
 
-CLEAN, CORRUPTED = [5, 9, 12, 7, 20], [5, 10, 12, 7, 20]
-ROWS = [families.token_ids(1, n, seed=n)[0].tolist() for n in (3, 5, 4)]
-TOKENS = {"answer": 20, "foil": 30, "show_progress": False}
-QUIET = {"show_progress": False}
 FAMILIES = ("gpt2", "llama", "bloom", "gptj")
 """By the ways to attention: the registry, the registry with grouped keys, and products by hand."""
-
-MANY_SITES = ("resid_post", "query", "head_out", "mlp_out")
-
-
-def _extract(model):
-    extractor, some = ActivationExtractor(model), {"batch_size": 1, "sites": MANY_SITES}
-    records = extractor.extract_batch_activations(ROWS, include_attention=True, **QUIET, **some)
-    return [t for record in records for *_, t in record.tensors()]
-
-
-def _generate(model):
-    return generate(Architecture(model), None, CLEAN, max_new_tokens=3, temperature=1.0, seed=3)
-
-
-def _record_generation(model):
-    text, record = generate(Architecture(model), None, CLEAN, True, max_new_tokens=3)
-    return [text, *(t for *_, t in record.tensors())]
-
-
-def _steer(model):
-    return generate_with_steering(model, None, CLEAN, [[5, 9]], [[6, 8]], 1, max_new_tokens=3)
-
-
-def _steering_sweep(model):
-    options = {"n_samples": 2, "max_new_tokens": 2, "score": len, **QUIET}
-    return steering_sweep(model, None, [CLEAN], [[5, 9]], [[6, 8]], [1], [1.0], **options).nats
-
-
-def _directions(model):
-    found = find_directions(model, None, ROWS, ROWS[::-1][:2], batch_size=1)
-    return [direction.vector for direction in found.values()]
-
-
-def _tuned(model):
-    lens = TunedLens(steps=3, context=4, batch_size=1)
-    return lens.fit(Architecture(model), None, ROWS, show_progress=False).weight_
-
-
-def _lens(model):
-    return LogitLens(model).run(CLEAN, 2).top_logits
-
-
-def _analyze(model):
-    found = analyze_generation_token(LogitLens(model), CLEAN, token_position=5, max_new_tokens=2)
-    return found["generated_text"]
-
-
-CALLS = {
-    "extraction": _extract,
-    "generation": _generate,
-    "recorded generation": _record_generation,
-    "steering": _steer,
-    "steering sweep": _steering_sweep,
-    "directions": _directions,
-    "sweep": lambda m: patching_sweep(m, None, CLEAN, CORRUPTED, "head_out", **TOKENS).values,
-    "pattern sweep": lambda m: patching_sweep(m, None, CLEAN, CORRUPTED, "query", **TOKENS).values,
-    "paths": lambda m: patch_paths(m, None, CLEAN, CORRUPTED, **TOKENS).values,
-    "trace": lambda m: trace_subject(m, None, CLEAN, 1, answer=20, samples=2, **QUIET).values,
-    "ablation": lambda m: (
-        ablate(m, None, ROWS, "all", "mean", metric="log_prob", answer=20, **QUIET).values
-    ),
-    "features": lambda m: attribute_features(m, None, CLEAN, 1, answer=20).importance,
-    "lens": _lens,
-    "generated token": _analyze,
-    "tuned lens": _tuned,
-}
 
 
 @functools.cache
 def built(name):
     return families.build(name)
-
-
-def same(found, expected):
-    if isinstance(expected, list):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            same(one, other)
-    elif isinstance(expected, str):
-        assert found == expected
-    else:
-        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected))
 
 
 def process_state():
@@ -202,3 +118,161 @@ def test_the_first_call_on_a_model_can_be_interrupted(monkeypatch, call):
         assert_untouched(model, before)
         assert process_state() == process
         same(CALLS[call](model), expected)
+
+
+# --- Ctrl-C itself, at any moment -----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ctrl_c_after(seconds):
+    """Send this process a SIGINT then, as a terminal does, if it is still inside."""
+    before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check_ctrl_c(name, call, times):
+    model, rng = built(name), random.Random(call)
+    expected = CALLS[call](model)
+    began = time.perf_counter()
+    CALLS[call](model)
+    took, stopped = time.perf_counter() - began, 0
+    before, process, handler = state_of(model), process_state()[:3], signal.getsignal(signal.SIGINT)
+    for _ in range(times):
+        try:
+            with ctrl_c_after(rng.uniform(0, took)):
+                CALLS[call](model)
+        except KeyboardInterrupt:
+            stopped += 1
+        assert_untouched(model, before)
+        assert process_state()[:3] == process
+        assert lock_of(model)._depth == 0
+        assert signal.getsignal(signal.SIGINT) is handler
+    assert stopped > times / 4
+    same(CALLS[call](model), expected)
+
+
+ctrl_c = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
+ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+"""Python itself drops an exception that comes inside ``__del__``."""
+
+
+@ctrl_c
+@ignored
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [("gpt2", "sweep"), ("bloom", "pattern sweep"), ("llama", "extraction"), ("llama", "steering")],
+)
+def test_ctrl_c_at_any_moment_leaves_nothing(name, call):
+    check_ctrl_c(name, call, 25)
+
+
+@ctrl_c
+@ignored
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("call", CALLS)
+def test_ctrl_c_at_any_moment_of_every_call(name, call):
+    check_ctrl_c(name, call, 25)
+
+
+def test_an_interrupt_waits_until_it_may_come():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with interrupts_held():
+            signal.raise_signal(signal.SIGINT)
+            done.append("waited")
+            with interrupts_held():
+                done.append("inside")
+            done.append("still")
+        done.append("never")
+    assert done == ["waited", "inside", "still"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_comes_where_something_waits_long():
+    with pytest.raises(KeyboardInterrupt), interrupts_held():
+        signal.raise_signal(signal.SIGINT)
+        breathe()
+        raise AssertionError("it did not come")
+
+
+def test_the_handler_of_the_user_is_called_and_stays():
+    seen = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: seen.append(number))
+    try:
+        with interrupts_held():
+            signal.raise_signal(signal.SIGINT)
+            assert seen == []
+        assert seen == [signal.SIGINT]
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with interrupts_held():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_stack_is_unwound_whole_before_the_interrupt_comes():
+    undone = []
+
+    def undo(number):
+        undone.append(number)
+        if number == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), UndoStack() as stack:
+        for number in range(4):
+            stack.callback(undo, number)
+    assert undone == [3, 2, 1, 0]
+
+
+def test_a_hook_is_registered_and_noted_in_one():
+    module = torch.nn.Linear(1, 1)
+
+    def register(hook):
+        handle = module.register_forward_hook(hook)
+        signal.raise_signal(signal.SIGINT)
+        return handle
+
+    with pytest.raises(KeyboardInterrupt), UndoStack() as stack:
+        until_closed(stack, register, print)
+    assert not module._forward_hooks
+
+
+def test_who_waits_for_another_thread_can_be_interrupted():
+    model, held, free = families.build("gpt2"), threading.Event(), threading.Event()
+
+    def hold():
+        with edit(Architecture(model), {}):
+            held.set()
+            free.wait(60)
+
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    assert held.wait(60)
+    try:
+        with pytest.raises(KeyboardInterrupt), ctrl_c_after(0.3):
+            CALLS["lens"](model)
+    finally:
+        free.set()
+        thread.join(60)
+    assert lock_of(model)._depth == 0
+    CALLS["lens"](model)
+
+
+def test_other_threads_hold_nothing_back():
+    before, found = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        with interrupts_held():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [before]

@@ -14,6 +14,7 @@ MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 LAYERS = (
     (
+        "interrupts",
         "sites",
         "lens_rows",
         "memory_limits",
@@ -84,6 +85,7 @@ LAYERS = (
         "norm_gain",
         "head_circuit_result",
         "comparison_result",
+        "layer_attribution_result",
         "attribution_sweep_figures",
     ),
     (
@@ -114,6 +116,7 @@ LAYERS = (
         "control_vectors",
         "edited_runs",
         "weighted_gradients",
+        "embedding_baseline",
         "attention_attribution",
         "head_weights",
         "stream_parts",
@@ -154,6 +157,7 @@ LAYERS = (
     (
         "causal_tracing",
         "attribution_patching",
+        "layer_attribution",
     ),
     (
         "intervention",

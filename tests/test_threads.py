@@ -76,9 +76,9 @@ def test_two_threads_on_one_model_do_not_mix(name):
 def test_the_first_use_of_a_model_may_be_by_many_threads():
     """Each finds out for itself, or waits for, what the model is made of."""
     expected = CALLS["pattern sweep"](families.build("llama"))
-    for _ in range(ROUNDS):
+    for _ in range(4):
         model = families.build("llama")
-        for found in in_threads(*[lambda model=model: CALLS["pattern sweep"](model)] * 4):
+        for found in in_threads(*[lambda model=model: CALLS["pattern sweep"](model)] * 3):
             same(found, expected)
 
 
@@ -256,15 +256,6 @@ def test_an_edit_may_run_another_model():
         found = model(IDS).logits
     with torch.no_grad(), edit(Architecture(model), {site: lambda value: value + wanted}):
         torch.testing.assert_close(found, model(IDS).logits)
-
-
-def test_a_recorder_sees_no_pass_inside_a_pass():
-    """A function that only looks may run its model neither: it would be recorded over."""
-    model = families.build("gpt2")
-    arch = Architecture(model)
-    with torch.no_grad(), edit(arch, {Site("resid_post", 0): lambda _: record(arch, {}, [])}):
-        with pytest.raises(InputError, match="an edit function ran the model"):
-            model(IDS)
 
 
 def test_contexts_of_one_thread_may_be_nested():
