@@ -14,7 +14,7 @@ nor is the head of the model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from activation_extraction import DEFAULT_BATCH, extract_batch
 from attention_result import KINDS, AttentionPatterns, HeadRanking, HeadSummary, kind_of
 from extraction_request import make_request
-from forward_pass import Hook, InputError, Site, attached, evaluate, skip_blocks
+from forward_pass import Hook, InputError, Site, Tap, attached, evaluate, skip_blocks
 from interrupts import UndoStack
 from memory_limits import in_batches
 from model_architecture import Architecture, Layer
@@ -319,10 +319,11 @@ def _summarize(
     sums: list[Tensor] = []
     counts = torch.zeros(len(KINDS), dtype=torch.int64)
     hidden = not show_progress or not sys.stderr.isatty()
+    taps = {site: architecture.tap(site) for site in sites}
 
     def run(group: Sequence[Sequence[int]]) -> tuple[list[Tensor], Tensor]:
         batch = _Batch.of(group)
-        found = _pass(architecture, batch, sites)
+        found = _pass(architecture, batch, taps)
         return [found[site].cpu().double() for site in sites], batch.counts
 
     with tqdm(total=len(rows), desc="heads", unit="text", disable=hidden) as bar:
@@ -385,6 +386,8 @@ class _Batch:
     """The same, boolean: tokens whose row counts, all but the first of each text."""
     copies: tuple[Tensor, Tensor, Tensor]
     """Text, query and key of every earlier copy of a token."""
+    followers: tuple[Tensor, Tensor, Tensor]
+    """The same of the tokens after these copies, where the query is not among them."""
     counts: Tensor
     """``[kind]``: how many rows count for each."""
 
@@ -398,15 +401,19 @@ class _Batch:
         same = (ids[:, :, None] == ids[:, None, :]).tril_(-1)
         same &= real[:, None, :]  # no padding among keys; a query has copies before it or none
         text, query, key = same.nonzero(as_tuple=True)
-        copies = (text, query, key)
+        earlier = key + 1 < query
+        followers = (text[earlier], query[earlier], key[earlier] + 1)
         places = text * ids.shape[1] + query
         per_kind = dict.fromkeys(KINDS, int(counted.sum()))
         per_kind["duplicate_token"] = len(places.unique())
-        per_kind["induction"] = len(places[key + 1 < query].unique())
-        return cls(ids, mask, counted, copies, torch.tensor(list(per_kind.values())))
+        per_kind["induction"] = len(places[earlier].unique())
+        counts = torch.tensor(list(per_kind.values()))
+        return cls(ids, mask, counted, (text, query, key), followers, counts)
 
 
-def _pass(architecture: Architecture, batch: _Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
+def _pass(
+    architecture: Architecture, batch: _Batch, taps: Mapping[Site, Tap]
+) -> dict[Site, Tensor]:
     """Run the body once; the sums of each site, ``[kind, head]``, on the device of its block."""
     found: dict[Site, Tensor] = {}
 
@@ -417,11 +424,11 @@ def _pass(architecture: Architecture, batch: _Batch, sites: Sequence[Site]) -> d
         return reduce
 
     inputs = architecture.inputs(batch.ids, batch.mask)
-    last = max(site.layer for site in sites)
+    last = max(site.layer for site in taps)
     with UndoStack() as stack:
         stack.enter_context(torch.no_grad())
         evaluate(stack, architecture.model)
-        pairs = [(architecture.tap(site), reducing(site)) for site in sites]
+        pairs = [(tap, reducing(site)) for site, tap in taps.items()]
         stack.enter_context(attached(pairs, last=True))
         skip_blocks(stack, architecture, range(last + 1, architecture.n_layers))
         architecture.body(**inputs, use_cache=False)
@@ -441,11 +448,11 @@ def _sums(pattern: Tensor, batch: _Batch) -> Tensor:
     looked_back = total * place - pattern @ place
     over = partial(_over, counted=counted)
     text, query, key = (each.to(device) for each in batch.copies)
-    earlier = key + 1 < query
+    after = [each.to(device) for each in batch.followers]
     found = {
         "previous_token": _over(pattern.diagonal(-1, dim1=2, dim2=3), counted=counted[..., 1:]),
         "duplicate_token": pattern[text, :, query, key].sum(dim=0),
-        "induction": pattern[text[earlier], :, query[earlier], key[earlier] + 1].sum(dim=0),
+        "induction": pattern[after[0], :, after[1], after[2]].sum(dim=0),
         "first_token": over(pattern[torch.arange(len(first), device=device), :, :, first]),
         "current_token": over(pattern.diagonal(dim1=2, dim2=3)),
         "no_token": over(rest),

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from attribution_estimates import CORRECTED, CellEstimates
 from attribution_sweep import AttributionSweep
 from forward_pass import ArchitectureError, InputError, Site, SiteError
+from gradient_check import check_gradient
 from gradient_record import Tape, differentiable, run_plain, run_with_graph
 from logit_metrics import Metric, make_metric, reads_of
 from memory_limits import in_batches
@@ -110,6 +111,7 @@ def attribution_sweeps(
     exact: bool = False,
     show_progress: bool = True,
     seed: int = 0,
+    check_gradients: bool = True,
 ) -> dict[str, AttributionSweep]:
     """Estimate the patching sweeps of several sites from the same passes.
 
@@ -136,6 +138,8 @@ def attribution_sweeps(
         exact: Run the patching sweeps too, and put their numbers beside the estimates.
         show_progress: A progress bar, where there is a terminal to show it.
         seed: Of the bootstrap over pairs.
+        check_gradients: Refuse a model whose gradient is not the slope of its output (once per
+            model; `gradient_check`).
 
     Returns:
         An `AttributionSweep` for each site, in the order given.
@@ -145,8 +149,8 @@ def attribution_sweeps(
             gradient where it is needed.
         LayerError: there is no such layer.
         SiteError: no layer has a site, or one that was named has not.
-        ArchitectureError: the model has no head, its blocks cannot be dropped, or its attention
-            cannot be corrected.
+        ArchitectureError: the model has no head or no gradient, its blocks cannot be dropped, or
+            its attention cannot be corrected.
     """
     architecture = model if isinstance(model, Architecture) else Architecture(model)
     architecture.require_head("attribution patching")
@@ -168,6 +172,8 @@ def attribution_sweeps(
     _check_patterns(asked, pairs)
     if grad_drop:
         _check_drop(architecture)
+    if check_gradients:
+        check_gradient(architecture, "patching_sweep runs every cell instead")
     run = _Attribution(architecture, tokenizer, asked, places, attention_correction, grad_drop)
     run.run(pairs, show_progress)
     found = {options.site: run.result(options, pairs, seed) for options in asked}

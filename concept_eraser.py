@@ -295,7 +295,9 @@ class ErasureResult:
     after: np.ndarray
     """``[layer]``: of probes fitted anew, the eraser being in force at the first of these layers.
 
-    In each fold eraser and probes know the training examples alone.
+    In each fold eraser and probes know the training examples alone. What remains of a probe then is
+    the class most frequent among these, which with groups may be rare among those held out: a
+    score below the baseline is that constant's, and no finding.
     """
     layers: tuple[int, ...]
     """From the layer of the erasure on."""

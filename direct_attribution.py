@@ -144,7 +144,11 @@ class _Asked:
         against: Tokens,
         following: bool,
     ) -> _Asked:
-        """Check what was asked for."""
+        """Check what was asked for.
+
+        Raises:
+            InputError: it cannot be answered.
+        """
         wanted = _token_ids(architecture, tokenizer, tokens, "tokens")
         foils = _token_ids(architecture, tokenizer, against, "against") or []
         if following and wanted is not None:

@@ -21,7 +21,7 @@ from activation_rows import EACH, read_rows, rows_of
 from array_files import built, open_arrays, write_arrays
 from forward_pass import ArchitectureError, InputError
 from model_architecture import Architecture, Layer
-from model_shards import whole_weight
+from model_inspection import weight_of
 from steering_direction import Direction
 from tokenization import Prompt, token_id, token_strings
 
@@ -132,12 +132,12 @@ def embedding_matrix(model: PreTrainedModel, matrix: str) -> Tensor:
     if matrix not in ("input", "output"):
         raise InputError(f"matrix is 'input' or 'output'; came {matrix!r}")
     module = model.get_input_embeddings() if matrix == "input" else model.get_output_embeddings()
-    weight = getattr(module, "weight", None)
+    weight = weight_of(module)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         raise ArchitectureError(
             f"{type(model).__name__} has no {matrix} embedding that is a matrix of numbers"
         )
-    return whole_weight(weight.detach())
+    return weight
 
 
 def nearest_tokens(

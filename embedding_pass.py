@@ -252,7 +252,7 @@ def embedding_pass(
         evaluate(stack, architecture.model)
         if sites:
             opened.kept = stack.enter_context(recording(architecture, sites, detach=False))
-        _freeze(stack, architecture.model)
+        freeze(stack, architecture.model)
         read_only(stack, architecture, opened.read)
         stack.enter_context(attached(taps))
         stack.enter_context(attached(looks, last=True))
@@ -280,7 +280,7 @@ def _lookup(architecture: Architecture) -> nn.Module:
     return module
 
 
-def _freeze(stack: ExitStack, model: nn.Module) -> None:
+def freeze(stack: ExitStack, model: nn.Module) -> None:
     """Until ``stack`` closes, keep parameters out of the graph; it holds less memory then."""
     trained = [name for name, each in model.named_parameters() if each.requires_grad]
 

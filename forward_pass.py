@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from interrupts import UndoStack, interrupts_held, until_closed
+from memory_limits import explain
 from model_lock import ModelLock, hold, lock_of
 from module_taps import (
     PLAIN,
@@ -437,12 +438,14 @@ def _as_rows(value: Any, rows: int) -> Any:
 def evaluate(stack: ExitStack, model: nn.Module) -> None:
     """Have the model to oneself, dropout off, until ``stack`` closes.
 
-    Each module's own mode is put back.
+    Each module's own mode is put back. An allocator's error becomes a NotEnoughMemoryError, which
+    says what can be done.
 
     Raises:
         InputError: an edit function of this model is under way.
     """
     hold(stack, model)
+    stack.push(explain)
     for module in model.modules():
         if module.training:
             stack.callback(setattr, module, "training", True)

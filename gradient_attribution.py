@@ -191,12 +191,8 @@ def attribute_tokens(
         tokenizer, arch.config, ids, targets, target_positions, metric, against, follow_text
     )
     if options.method == "attention_rollout":
-        if targets is not None or against is not None or follow_text or metric != "logit":
-            raise InputError(
-                "attention rollout knows positions, no target tokens: leave out targets, metric, "
-                "against and follow_text, or use method='gradient_attention'"
-            )
-        return _rollout(arch, tokenizer, ids, request.positions)
+        plain = targets is None and against is None and not follow_text and metric == "logit"
+        return _rollout(arch, tokenizer, ids, request.positions, plain)
     arch.require_head("attribution to tokens")
     start, label = _baseline(arch, tokenizer, options, len(ids))
     if check_gradients and options.method != "occlusion":
@@ -330,8 +326,18 @@ def _run(
 
 
 def _rollout(
-    arch: Architecture, tokenizer: Any, ids: Sequence[int], positions: tuple[int, ...]
+    arch: Architecture, tokenizer: Any, ids: Sequence[int], positions: tuple[int, ...], plain: bool
 ) -> TokenAttribution:
+    """Rollout for some positions; ``plain`` says that nothing was asked of target tokens.
+
+    Raises:
+        InputError: something was.
+    """
+    if not plain:
+        raise InputError(
+            "attention rollout knows positions, no target tokens: leave out targets, metric, "
+            "against and follow_text, or use method='gradient_attention'"
+        )
     nothing = np.full(len(positions), np.nan)
     tokens = token_strings(tokenizer, ids)
     return TokenAttribution(

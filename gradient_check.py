@@ -47,11 +47,14 @@ ASIDE = 0.3
 _CHECKED: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()
 
 
-def check_gradient(architecture: Architecture) -> None:
+def check_gradient(
+    architecture: Architecture, instead: str = "method='occlusion' needs no gradient"
+) -> None:
     """Compare a model's gradient with its slope on a few tokens, once per model.
 
     Args:
         architecture: The model, with a head.
+        instead: What does without a gradient, for the error.
 
     Raises:
         ArchitectureError: the model has no gradient, or one that is not its slope.
@@ -66,8 +69,8 @@ def check_gradient(architecture: Architecture) -> None:
     if known[1]:
         raise ArchitectureError(
             f"the gradient of {type(model).__name__} is not the slope of its output: {known[1]} "
-            "(quantized weights, or a kernel without a backward pass). method='occlusion' needs no "
-            "gradient; check_gradients=False goes on regardless"
+            f"(quantized weights, or a kernel without a backward pass). {instead}; "
+            "check_gradients=False goes on regardless"
         )
 
 

@@ -4,8 +4,8 @@
 - `run_with_graph` does the same and keeps the graph: a `Tape`, from which gradients at every site
   can be had, more than once, also with one block's contribution dropped.
 
-The graph begins at the first block that is asked for, whether the model's weights require a
-gradient or not; gradients of weights are never computed, and nothing is left on the model.
+The graph begins at the first block that is asked for. Weights are out of it, so that it holds
+less memory; whether they require a gradient is put back, and nothing is left on the model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from base_run import logits_at, read_only
+from embedding_pass import freeze
 from forward_pass import Hook, InputError, Recording, Site, edit, evaluate, recording
 from interrupts import UndoStack
 from model_architecture import Architecture
@@ -127,6 +128,7 @@ def run_with_graph(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         evaluate(stack, architecture.model)
+        freeze(stack, architecture.model)
         kept = stack.enter_context(recording(architecture, sites, detach=False))
         stack.enter_context(edit(architecture, edits))
         logits = _logits(stack, architecture, ids.clone(), read)

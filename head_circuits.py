@@ -38,7 +38,7 @@ from head_circuit_result import (
 )
 from head_weights import HeadWeights, all_head_weights, each_head_weights, head_weights
 from model_architecture import Architecture, Layer
-from model_shards import whole_weight
+from model_inspection import weight_of
 from norm_gain import final_norm_gain
 from tokenization import token_id, token_strings
 
@@ -60,7 +60,7 @@ def embedding(architecture: Architecture) -> Tensor:
         SiteError: it does not have the width of the residual stream.
     """
     module: Any = architecture.model.get_input_embeddings()
-    return _checked(architecture, module.weight, "embedding")
+    return _checked(architecture, weight_of(module), "embedding")
 
 
 def unembedding(architecture: Architecture) -> Tensor:
@@ -72,7 +72,7 @@ def unembedding(architecture: Architecture) -> Tensor:
     """
     architecture.require_head("what a head writes to the logits")
     module: Any = architecture.model.get_output_embeddings()
-    return _checked(architecture, module.weight, "output embedding")
+    return _checked(architecture, weight_of(module), "output embedding")
 
 
 def _checked(architecture: Architecture, weight: Any, name: str) -> Tensor:
@@ -84,7 +84,7 @@ def _checked(architecture: Architecture, weight: Any, name: str) -> Tensor:
             f"the {name} of {type(architecture.model).__name__} is no [vocab, {width}] matrix of "
             f"the residual stream's width; came {came}"
         )
-    return whole_weight(weight.detach())
+    return weight
 
 
 def _chunks(weight: Tensor, wide: torch.dtype) -> Iterator[Tensor]:

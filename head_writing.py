@@ -39,6 +39,7 @@ from head_weights import OutputWeights, layers_with_heads, output_weights
 from head_writing_result import HeadWrites, WeightedPatterns
 from interrupts import UndoStack
 from model_architecture import Architecture, Layer
+from model_inspection import weight_of
 from module_devices import exact
 from norm_gain import NormGain, final_norm_gain, norm_gains
 from tokenization import (
@@ -329,9 +330,9 @@ class _Unembed:
             self.norm = norms[final]
             self.factor = self.norm.factor(taken, given)
             straight = given.to(straight)
-        bias = getattr(architecture.model.get_output_embeddings(), "bias", None)
+        bias = weight_of(architecture.model.get_output_embeddings(), "bias")
         plain = exact(through_vocabulary(matrix, straight[None])[0])
-        plain = plain if bias is None else plain + bias.detach().to(plain)
+        plain = plain if bias is None else plain + bias.to(plain)
         model = type(architecture.model).__name__
         self.scale, self.before_cap = _bend(model, plain, point)
 

@@ -12,6 +12,7 @@ Passes of the model themselves are interrupted at once.
 
 from __future__ import annotations
 
+import _signal  # what `signal` itself calls; that seeks a name for each handler, slowly
 import signal
 import threading
 from collections.abc import Callable
@@ -33,11 +34,16 @@ class _Held:
         """Let Ctrl-C wait; whether it did so before."""
         if self.holding or threading.get_ident() != threading.main_thread().ident:
             return True
-        handler = signal.getsignal(signal.SIGINT)
+        handler = _signal.getsignal(signal.SIGINT)
+        if handler == self._note:  # an error of another signal came while it was put there
+            handler = self.handler
         if not callable(handler):  # ignored, or the system's own
             return True
         self.handler, self.waiting = handler, None
-        signal.signal(signal.SIGINT, self._note)
+        try:
+            _signal.signal(signal.SIGINT, self._note)
+        except ValueError:  # no thread of this interpreter gets signals
+            return True
         self.holding = True
         return False
 
@@ -47,7 +53,7 @@ class _Held:
         if not self.holding or handler is None:
             return
         self.holding = False
-        signal.signal(signal.SIGINT, handler)
+        _signal.signal(signal.SIGINT, handler)
         if self.waiting is not None:
             (number, frame), self.waiting = self.waiting, None
             handler(number, frame)

@@ -125,7 +125,7 @@ def layer_attribution(
     sites = _sites(arch, site, layers)
     start, label = _start(arch, tokenizer, ids, baseline, baseline_prompt)
     if check_gradients:
-        check_gradient(arch)
+        check_gradient(arch, "ablate and patching_sweep need none")
     asked = reads_of(metric)
     read = range(len(ids)) if asked is None else sorted({p % len(ids) for p in asked})
     hidden = not show_progress or not sys.stderr.isatty()

@@ -91,7 +91,10 @@ class LogitAttribution(Kept):
         fits &= all(t.shape == cells for t in (self.logits, self.target_ids, self.against_ids))
         texts = (self.targets, self.against)
         fits &= all(len(t) == cells[0] and {len(row) for row in t} == {cells[1]} for t in texts)
-        if not fits or not np.isin(self.kinds, range(len(NAMES))).all():
+        whole = all(t.dtype.kind == "i" for t in (self.kinds, self.layers, self.indices))
+        known = np.isin(self.kinds, range(len(NAMES))).all()
+        known &= ((self.layers >= -1) & (self.layers < self.n_layers)).all()
+        if not (fits and whole and known):
             raise InputError("the parts, positions and targets of a logit attribution must agree")
         if not all(0 <= p < len(self.tokens) for p in self.positions):
             raise InputError(f"positions must lie within the {len(self.tokens)} tokens")

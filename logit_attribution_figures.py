@@ -258,7 +258,7 @@ def _heads_map(
     columns = [str(i) for i in range(count)]
     table = np.full((result.n_layers, count), np.nan)
     table[result.layers[heads], result.indices[heads]] = values[heads]
-    rest = (("attn bias", ("attn_bias",)), ("attn", ("attn", "mixer")), ("MLP", GROUPS["mlp"]))
+    rest = (("bias", ("attn_bias",)), ("attn", ("attn", "mixer")), ("MLP", GROUPS["mlp"]))
     for name, kinds in (*rest, ("other", GROUPS["block"])):
         chosen = result.of_kind(*kinds)
         if chosen.any():

@@ -156,7 +156,7 @@ def not_read(name: str) -> str:
     """Why a model's logits cannot be split."""
     return (
         f"what the unembedding of {name} takes is neither the stream that leaves the last block "
-        "nor a root-mean-square or layer norm of it, so its logits are no sum over parts; "
+        "nor a root-mean-square or layer norm of it, so its logits are not split over its parts; "
         "patching_sweep and ablate measure effects of parts instead"
     )
 

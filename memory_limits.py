@@ -1,7 +1,7 @@
 """What happens when memory does not suffice: batches are halved, and the last error says why.
 
     in_batches           run batches, halved until they fit; the results are those of whole batches
-    explained            an error of any allocator, out of memory, as one that says what was needed
+    explain              an error of any allocator, out of memory, as one that says what can be done
     is_out_of_memory     whether an error is one of these
     free_bytes           what a device has left
     in_words             a number of bytes for a person
@@ -15,8 +15,8 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -103,9 +103,7 @@ def in_batches(
             if len(_shared):
                 raise NotEnoughMemoryError(_shared_advice(len(batch), unit)) from done.error
             if not half:
-                told = "" if needs is None else needs(batch)
-                message = _advice(f"one of the {unit} alone", told)
-                raise NotEnoughMemoryError(message) from done.error
+                raise _alone(unit, None if needs is None else partial(needs, batch), done.error)
             limit = cost(batch[:half])
             warnings.warn(
                 f"{len(batch)} {unit} at a time do not fit into memory: going on with {half}",
@@ -138,6 +136,19 @@ def _give_back() -> None:
         torch.cuda.empty_cache()
 
 
+def _alone(
+    unit: str, needs: Callable[[], str] | None, error: BaseException
+) -> NotEnoughMemoryError:
+    """The error of a batch that cannot be halved, with what it needs if that can be said."""
+    told = "" if needs is None else _attempt(lambda _: needs(), [])
+    words = told if isinstance(told, str) else ""
+    if not words and isinstance(error, NotEnoughMemoryError):
+        return error
+    found = NotEnoughMemoryError(_advice(f"one of the {unit} alone", words))
+    found.__cause__ = error
+    return found
+
+
 def _shared_advice(count: int, unit: str) -> str:
     return (
         f"{count} {unit} at a time do not fit into memory, and no batch of a model that is split "
@@ -154,26 +165,16 @@ def _advice(what: str, needed: str) -> str:
     )
 
 
-@contextmanager
-def explained(what: str, needs: Callable[[], str] | None = None) -> Iterator[None]:
-    """Say of an error, out of memory, what did not fit and what it needs.
-
-    Args:
-        what: The subject of the sentence (``"the unmodified run of 40 prompts"``).
-        needs: What that needs, in words.
+def explain(_kind: Any, error: BaseException | None, _trace: Any) -> None:
+    """An exit function for ``ExitStack.push``: an allocator's error becomes one that says more.
 
     Raises:
-        NotEnoughMemoryError: instead of any allocator's own error.
-        RuntimeError: as it came, where it is about something else.
-        MemoryError: as it came, where it says already what did not fit.
+        NotEnoughMemoryError: instead of any allocator's own error; others pass.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or isinstance(error, NotEnoughMemoryError):
-            raise
-        message = _advice(what, "" if needs is None else needs())
-        raise NotEnoughMemoryError(message) from error.with_traceback(None)
+    if error is None or isinstance(error, NotEnoughMemoryError) or not is_out_of_memory(error):
+        return
+    said = str(error).strip().split("\n")[0].rstrip(".")
+    raise NotEnoughMemoryError(_advice("a pass of the model", said)) from error.with_traceback(None)
 
 
 # --- How much there is ----------------------------------------------------------------------------

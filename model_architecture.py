@@ -377,8 +377,8 @@ class Architecture:
             "mlp_neurons": (found.neuron_parts, getattr(tap.module, "in_features", 0)),
         }
         parts, size = sizes.get(name, (1, 0))
-        mesh = find_mesh(block)
-        if parts == 1 or mesh is None:
+        mesh = None if parts == 1 else find_mesh(block)
+        if mesh is None:
             return tap
         return ShardedTap(tap, mesh, 1 if name == "attn_pattern" else 2, size)
 

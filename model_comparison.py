@@ -23,8 +23,8 @@ from forward_pass import InputError, Site, record
 from lens_rows import CHUNK_VALUES
 from logit_lens import LogitLens
 from model_architecture import Architecture
+from model_inspection import weight_of
 from model_loader import ModelSource, load_model
-from model_shards import whole_weight
 from module_devices import exact
 from similarity import BATCH_ROWS, CKAMeter
 from tokenization import Prompt, check_ids, encode, token_strings
@@ -283,9 +283,11 @@ def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         for path, module in model.named_modules()
         if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")
     }
-    for name, parameter in model.named_parameters():
+    for name, _ in model.named_parameters():
         owner = next((path for path in adapters if name.startswith(f"{path}.")), None)
-        value = whole_weight(parameter.detach())
+        path, _, own = name.rpartition(".")
+        value = weight_of(model.get_submodule(path), own)
+        assert value is not None
         if owner is not None:
             leaf = name.removeprefix(f"{owner}.")
             if not leaf.startswith("base_layer."):

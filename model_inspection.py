@@ -124,6 +124,21 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
+def weight_of(module: Any, name: str = "weight") -> Tensor | None:
+    """One tensor of a module with its values, detached: see `weights_of`; None without one.
+
+    What torchao has quantized is dequantized.
+    """
+    weight = getattr(module, name, None)
+    if not isinstance(weight, Tensor):
+        return None
+    if weight.is_meta:
+        weight = weights_of(module).get(name, weight)
+    weight = whole_weight(weight.detach())
+    quantized = type(weight).dequantize is not Tensor.dequantize
+    return weight.dequantize() if quantized else weight
+
+
 def _fetched(part: nn.Module, path: str) -> list[tuple[str, Tensor]]:
     """Copies of one module's own parameters that lie elsewhere."""
     from accelerate.utils import align_module_device

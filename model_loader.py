@@ -185,8 +185,9 @@ def _live_model(
             f"the model lies on {here}, not on {wanted}; "
             f"move it with model.to({str(wanted)!r}) first"
         )
-    if tokenizer is None and load_tokenizer and holds_tokenizer(model.name_or_path):
-        tokenizer = read_tokenizer(model.name_or_path, {"local_files_only": True})
+    place = model.name_or_path or ""
+    if tokenizer is None and load_tokenizer and holds_tokenizer(place):
+        tokenizer = read_tokenizer(place, {"local_files_only": True})
     return model, tokenizer
 
 

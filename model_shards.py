@@ -95,8 +95,9 @@ def count_parts(module: nn.Module, value: Tensor) -> int:
         return 1
     import torch.distributed as dist
 
-    found = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(mesh.size())]
-    dist.all_gather(found, value.detach().contiguous(), group=mesh.get_group())
+    own = value.detach().contiguous()
+    found = [torch.empty_like(own) for _ in range(mesh.size())]
+    dist.all_gather(found, own, group=mesh.get_group())
     alike = all(torch.allclose(found[0], other, rtol=1e-3, atol=1e-6) for other in found[1:])
     return 1 if alike else mesh.size()
 
@@ -114,9 +115,8 @@ def gather(value: Tensor, mesh: DeviceMesh, axis: int, size: int) -> Tensor:
 
     shape = torch.Size(size if i == axis % value.dim() else n for i, n in enumerate(value.shape))
     stride = torch.empty(shape, device="meta").stride()
-    part = value.contiguous()
-    parts = DTensor.from_local(part, mesh, [Shard(axis)], run_check=False, shape=shape, stride=stride)
-    return parts.full_tensor()
+    whole: Any = {"shape": shape, "stride": stride, "run_check": False}
+    return DTensor.from_local(value.contiguous(), mesh, [Shard(axis)], **whole).full_tensor()
 
 
 def own_part(whole: Tensor, mesh: DeviceMesh, axis: int) -> Tensor:

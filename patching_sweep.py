@@ -32,6 +32,7 @@ from edited_runs import Run, Work, abilities, run_edited
 from forward_pass import Site
 from growing_pass import Edit
 from logit_metrics import Metric, make_metric, reads_of
+from memory_limits import in_batches
 from model_architecture import Architecture, Layer
 from prompt_pairs import PromptPair, make_pairs, pair_positions
 from sweep_cells import Cell, CellPlanner, SweepOptions, list_cells, make_options
@@ -145,18 +146,39 @@ class _Sweep:
         groups: dict[Any, list[int]] = {}
         for number, pair in enumerate(pairs):
             groups.setdefault(pair.shape, []).append(number)
-        for numbers in groups.values():
-            size = max(1, BASE_TOKENS // len(pairs[numbers[0]].base))
-            for start in range(0, len(numbers), size):
-                self._run_group(pairs, numbers[start : start + size], bar)
+        batches = [
+            numbers[start : start + size]
+            for numbers in groups.values()
+            for size in [max(1, BASE_TOKENS // len(pairs[numbers[0]].base))]
+            for start in range(0, len(numbers), size)
+        ]
 
-    def _run_group(self, pairs: Sequence[PromptPair], numbers: Sequence[int], bar: Any) -> None:
-        arch, group = self.architecture, [pairs[number] for number in numbers]
+        def bases(numbers: Sequence[int]) -> tuple[BaseRun, BaseRun]:
+            return self._bases([pairs[number] for number in numbers])
+
+        def tokens(numbers: Sequence[int]) -> int:
+            return sum(len(pairs[number].base) for number in numbers)
+
+        for numbers, found in in_batches(batches, bases, unit="pairs of prompts", cost=tokens):
+            self._run_group(pairs, numbers, *found, bar)
+
+    def _bases(self, group: Sequence[PromptPair]) -> tuple[BaseRun, BaseRun]:
+        """The two unmodified runs of some pairs."""
         read = reads_of(self.options.metric)
         sites = [Site(self.options.site, layer) for layer in self.options.layers]
-        able = abilities(arch)
+        able = abilities(self.architecture)
         base = self._run_prompts([pair.base for pair in group], sites, read, able.suffix)
-        source = self._run_prompts([pair.source for pair in group], sites, read, False)
+        return base, self._run_prompts([pair.source for pair in group], sites, read, False)
+
+    def _run_group(
+        self,
+        pairs: Sequence[PromptPair],
+        numbers: Sequence[int],
+        base: BaseRun,
+        source: BaseRun,
+        bar: Any,
+    ) -> None:
+        group, able = [pairs[number] for number in numbers], abilities(self.architecture)
         self._make_metrics(group, numbers, base, source)
         runs: list[Run] = []
         where: list[tuple[int, int]] = []

@@ -90,7 +90,7 @@ MORE: dict[str, Callable[[Any], Any]] = {
     "path patching": lambda a: a.path_patching(P, Q),
     "sweep of differences": lambda a: a.patching_sweep(P, Q, answer=40, foil=12),
     "paths": lambda a: a.patch_paths(P, Q),
-    "trace": lambda a: a.trace_subject(P, "cat").effect,
+    "trace": lambda a: a.trace_subject(P, "cat").values,
     "trace heads": lambda a: CausalTracer(a.model, a.tokenizer).trace_attention_heads(P, Q),
     "direction": lambda a: a.find_direction(POSITIVE, NEGATIVE, 1, method="pca"),
     "steering sweep": lambda a: a.steering_sweep(

@@ -1,8 +1,8 @@
 """Every long call of the toolkit, in small: what is interrupted, starved, threaded and sharded.
 
-    CALLS        name -> function of a model (with a head), which gives tensors, arrays or text
-    WEIGHTS      those among them that read the model's weights, not its activations
-    same(a, b)   compare two results of one call
+CALLS        name -> function of a model (with a head), which gives tensors, arrays or text
+WEIGHTS      those among them that read the model's weights, not its activations
+same(a, b)   compare two results of one call
 """
 
 import torch

@@ -52,8 +52,9 @@ def compare(work, split, whole):
         found = flat(work(split))
     except Exception as error:  # noqa: BLE001 - it is reported
         return {"error": type(error).__name__, "message": str(error)}
-    if [a.shape for a in found] != [b.shape for b in expected]:
-        return {"error": "shape", "message": f"{[a.shape for a in found]}, not {[b.shape for b in expected]}"}
+    shapes, wanted = ([each.shape for each in both] for both in (found, expected))
+    if shapes != wanted:
+        return {"error": "shape", "message": f"{shapes}, not {wanted}"}
     holes = any((np.isnan(a) != np.isnan(b)).any() for a, b in zip(found, expected, strict=True))
     pairs = [(np.nan_to_num(a), np.nan_to_num(b)) for a, b in zip(found, expected, strict=True)]
     worst = max((float(np.abs(a - b).max(initial=0.0)) for a, b in pairs), default=0.0)
@@ -73,7 +74,8 @@ def recorded(name):
         arch = Architecture(model)
         mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
         sites = [site for site in all_sites(arch) if site.name == name]
-        kept = record(arch, arch.inputs(IDS.expand(2, -1), mask), sites, positions=torch.tensor([1, 4]))
+        some = torch.tensor([1, 4])
+        kept = record(arch, arch.inputs(IDS.expand(2, -1), mask), sites, positions=some)
         return [kept[site] for site in sites]
 
     return work
@@ -110,8 +112,9 @@ def gradient(name):
 
 def resumed(model):
     arch = Architecture(model)
-    streams = record(arch, arch.inputs(IDS), [Site("resid_pre", n) for n in range(arch.n_layers)])
-    return [resume(arch, arch.inputs(IDS), n, streams[Site("resid_pre", n)]) for n in range(arch.n_layers)]
+    sites = [Site("resid_pre", n) for n in range(arch.n_layers)]
+    streams = record(arch, arch.inputs(IDS), sites)
+    return [resume(arch, arch.inputs(IDS), site.layer, streams[site]) for site in sites]
 
 
 def projected(model):
@@ -151,7 +154,7 @@ def comparisons(whole, calls):
         "unembedding": lambda m: unembedding(Architecture(m)),
         "weights": lambda m: weights_of(m),
         "count": lambda m: list(parameter_count(m).values()),
-        "compared weights": lambda m: compare_weights(m, whole).to_frame()["change"].to_numpy(copy=True),
+        "compared weights": lambda m: compare_weights(m, whole).change.copy(),
         **{f"call: {name}": CALLS[name] for name in calls},
     }
 
@@ -171,7 +174,8 @@ def starved(model):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", SmallerBatchWarning)
-            activation_extraction.ActivationExtractor(model).extract_batch_activations(ROWS, show_progress=False)
+            extractor = activation_extraction.ActivationExtractor(model)
+            extractor.extract_batch_activations(ROWS, show_progress=False)
     except NotEnoughMemoryError as error:
         return str(error)
     finally:

@@ -221,6 +221,22 @@ def test_the_check_is_what_its_parts_do_by_hand(tiny):
     assert found.after == pytest.approx(right / 32, abs=1.5 / 32)
 
 
+def test_with_groups_what_remains_is_the_most_frequent_class_of_the_training_examples(tiny):
+    prompts, _ = planted_prompts(36)
+    groups = [i // 4 for i in range(36)]
+    labels = [int(group < 3) for group in groups]
+    prompts = [[*prompt[:-1], 4 + label] for prompt, label in zip(prompts, labels, strict=True)]
+    found = check_erasure(tiny, None, prompts, labels, 1, folds=3, groups=groups)
+    plan = make_plan(labels, 36, folds=3, groups=groups)
+    constant = np.zeros(36)
+    for train, test in plan.splits:
+        counts = np.bincount(plan.labels[train])
+        assert counts[0] != counts[1]
+        constant[test] = plan.labels[test] == counts.argmax()
+    assert found.before[0] > 0.9
+    assert found.after[0] == pytest.approx(constant.mean())
+
+
 def test_the_effect_is_that_of_the_models_own_logits(tiny):
     prompts, labels = planted_prompts()
     found = check_erasure(tiny, None, prompts, labels, 1, folds=2)

@@ -22,6 +22,7 @@ from logit_attribution import KINDS, NAMES, LogitAttribution
 from logit_tail import find_tail
 from model_analyzer import ModelAnalyzer
 from model_architecture import Architecture
+from saved_files import read_after_damage
 from steering_vector import SteeringVector
 
 IDS = [7, 11, 15, 6, 49, 10, 13]
@@ -612,6 +613,10 @@ def test_saved_and_read_again(result, tmp_path):
         HeadScores.load(path)
 
 
+def test_a_damaged_file_is_never_read_wrong(result, tmp_path):
+    assert read_after_damage(result, tmp_path / "parts.safetensors") > 30
+
+
 def test_a_one_line_repr(result):
     text = repr(result)
     assert "\n" not in text
@@ -640,6 +645,8 @@ def test_tables_that_do_not_fit_are_refused(result):
     for change in (
         {"logits": result.logits[:1]},
         {"kinds": result.kinds + 99},
+        {"kinds": result.kinds.astype(float)},
+        {"layers": result.layers + 1},
         {"targets": (("a",), ("b", "c"))},
         {"positions": (2, 60)},
     ):

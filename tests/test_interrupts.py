@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import families
+import interrupts
 from forward_pass import edit
 from interrupts import UndoStack, breathe, interrupts_held, until_closed
 from long_calls import CALLS, same
@@ -276,3 +277,22 @@ def test_other_threads_hold_nothing_back():
     thread.start()
     thread.join()
     assert found == [before]
+
+
+def test_another_signals_error_does_not_swallow_ctrl_c(monkeypatch):
+    """Its handler may raise between any two steps, so also while Ctrl-C is made to wait."""
+    before = signal.getsignal(signal.SIGINT)
+
+    class Torn(interrupts._Held):
+        def __setattr__(self, name, value):
+            if name == "holding" and value and not self.__dict__.get("torn"):
+                self.__dict__["torn"] = True
+                raise TimeoutError
+            super().__setattr__(name, value)
+
+    monkeypatch.setattr(interrupts, "_held", Torn())
+    with pytest.raises(TimeoutError), interrupts_held():
+        pass
+    with interrupts_held():
+        pass
+    assert signal.getsignal(signal.SIGINT) is before

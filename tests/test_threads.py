@@ -163,7 +163,10 @@ def test_an_error_in_one_thread_lets_the_other_go_on():
 
     def fail():
         for _ in range(ROUNDS):
-            with pytest.raises(ZeroDivisionError), edit(arch, {Site("mlp_out", 1): lambda _: 1 / 0}):
+            with (
+                pytest.raises(ZeroDivisionError),
+                edit(arch, {Site("mlp_out", 1): lambda _: 1 / 0}),
+            ):
                 model(torch.tensor([CLEAN]))
         return "failed"
 
@@ -229,7 +232,9 @@ def test_an_edit_that_runs_its_own_model_is_refused(again, site):
         return value
 
     with torch.no_grad(), edit(Architecture(model), {Site(site, 1): hook}):
-        with pytest.raises(InputError, match="an edit function ran the model .* run the model before"):
+        with pytest.raises(
+            InputError, match=r"an edit function ran the model .* run the model before"
+        ):
             model(IDS)
         assert calls == [1]
     assert_untouched(model, before)
