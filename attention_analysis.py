@@ -29,7 +29,7 @@ from attention_result import KINDS, AttentionPatterns, HeadRanking, HeadSummary,
 from extraction_request import make_request
 from forward_pass import Hook, InputError, Site, Tap, attached, evaluate, skip_blocks
 from interrupts import UndoStack
-from memory_limits import in_batches
+from memory_limits import free_bytes, in_batches, in_words
 from model_architecture import Architecture, Layer
 from module_devices import exact
 from tokenization import Prompt, check_ids, context_length, encode, pad_left
@@ -326,9 +326,14 @@ def _summarize(
         found = _pass(architecture, batch, taps)
         return [found[site].cpu().double() for site in sites], batch.counts
 
+    def needs(group: Sequence[Sequence[int]]) -> str:
+        return _pattern_need(architecture, sites, len(group[0]))
+
     with tqdm(total=len(rows), desc="heads", unit="text", disable=hidden) as bar:
         batches = _batches(rows, batch_size)
-        for group, (found, counted) in in_batches(batches, run, unit="texts", cost=_cells):
+        for group, (found, counted) in in_batches(
+            batches, run, unit="texts", cost=_cells, needs=needs
+        ):
             sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
             counts += counted
             bar.update(len(group))
@@ -351,6 +356,17 @@ def _batches(rows: Sequence[Sequence[int]], size: int | None) -> Iterator[list[S
         step = size or max(1, BATCH_CELLS // len(ordered[start]) ** 2)
         yield ordered[start : start + step]
         start += step
+
+
+def _pattern_need(architecture: Architecture, sites: Sequence[Site], length: int) -> str:
+    """What one layer's pattern of a text takes, in words: no more than one is held at a time."""
+    heads = max(architecture.heads(site.layer)[0] for site in sites)
+    nbytes = heads * length**2 * next(architecture.model.parameters()).element_size()
+    free = in_words(free_bytes(architecture.input_device))
+    return (
+        f"a layer's pattern of {length} tokens takes {in_words(nbytes)}, about twice that while it "
+        f"is computed, and {free} are free"
+    )
 
 
 def _cells(group: Sequence[Sequence[int]]) -> int:

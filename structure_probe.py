@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -249,6 +249,7 @@ def _describe_block(
     )
     out_proj = _find_out_proj(trace, attention_path, attention)
     mlp, down_proj = _find_down_proj(trace, attention_path, mlp_writer)
+    counts = _count_heads(trace, config, attention)
     return BlockStructure(
         attn_writer=attn_writer.path if attn_writer else None,
         mlp_writer=mlp_writer.path if mlp_writer else None,
@@ -258,7 +259,10 @@ def _describe_block(
         and _has_mid(trace, attn_writer, scale),
         attention=attention_path,
         attention_route=attention.route if attention else "",
-        **_count_heads(trace, config, attention),
+        n_heads=counts.n_heads,
+        n_kv_heads=counts.n_kv_heads,
+        head_parts=counts.head_parts,
+        kv_head_parts=counts.kv_head_parts,
         out_proj=out_proj,
         down_proj=down_proj,
         flattened=frozenset(s.path for s in trace.seen if _is_flat(s.left) or _is_flat(s.entered)),
@@ -272,22 +276,27 @@ def _describe_block(
     )
 
 
-def _count_heads(trace: BlockTrace, config: Any, call: AttentionCall | None) -> dict[str, int]:
+class _HeadCounts(NamedTuple):
     """How many heads there are in all processes, and over how many these are split."""
+
+    n_heads: int = 0
+    n_kv_heads: int = 0
+    head_parts: int = 1
+    kv_head_parts: int = 1
+
+
+def _count_heads(trace: BlockTrace, config: Any, call: AttentionCall | None) -> _HeadCounts:
     if call is None:
-        return {}
-    parts = {
-        "head_parts": count_parts(trace.block, call.query),
-        "kv_head_parts": count_parts(trace.block, call.key),
-    }
-    kv_heads = call.kv_heads * parts["kv_head_parts"]
+        return _HeadCounts()
+    parts = count_parts(trace.block, call.query)
+    kv_parts = count_parts(trace.block, call.key)
+    kv_heads = call.kv_heads * kv_parts
     if call.route == "products":
         configured = [
             getattr(config, name, None) for name in ("num_key_value_heads", "num_kv_heads")
         ]
         kv_heads = min([kv_heads, *(number for number in configured if number)])
-    n_heads = call.query_heads * parts["head_parts"]
-    return {"n_heads": n_heads, "n_kv_heads": kv_heads, **parts}
+    return _HeadCounts(call.query_heads * parts, kv_heads, parts, kv_parts)
 
 
 def _neuron_parts(trace: BlockTrace, down_proj: str | None) -> int:

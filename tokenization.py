@@ -25,7 +25,7 @@ Prompt = str | Sequence[int] | Tensor | np.ndarray | Sequence[Mapping[str, str]]
 """Text, token ids (a list, a 1-D tensor or array), or a chat (``[{"role": …, "content": …}]``)."""
 
 Positions = str | int | slice | Sequence[int] | Tensor | np.ndarray | None
-"""Which tokens: ``"last"``, an index (negative from the end), a slice, a list, or None for all."""
+"""Which tokens: ``"last"``, an index (negative from the end), a slice, a list; ``"all"`` or None."""
 
 
 def is_token_ids(prompt: Any) -> bool:
@@ -231,7 +231,7 @@ def resolve_positions(positions: Positions, length: int) -> list[int]:
     Raises:
         InputError: a position is out of range, given twice, or of no known kind.
     """
-    if positions is None:
+    if positions is None or (isinstance(positions, str) and positions == "all"):
         return list(range(length))
     if isinstance(positions, str) and positions == "last":
         return [length - 1]
@@ -242,7 +242,7 @@ def resolve_positions(positions: Positions, length: int) -> list[int]:
             chosen = _in_range(_as_integers(positions), length)
     except TypeError:
         raise InputError(
-            f"positions is 'last', an index, a slice, a list or None; came {positions!r}"
+            f"positions is 'last', 'all', an index, a slice, a list or None; came {positions!r}"
         ) from None
     if not chosen:
         raise InputError(f"positions={positions!r} selects none of the {length} tokens")

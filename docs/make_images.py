@@ -25,6 +25,7 @@ from direct_attribution import logit_attribution
 from feature_attribution import attribute_features
 from figures import plot_head_grid
 from gradient_attribution import attribute_tokens
+from linear_probes import train_probes
 from logit_lens import LogitLens
 from patching_sweep import patching_sweep
 from steering_sweep import steering_sweep
@@ -122,7 +123,41 @@ def of_looking_inside(lens: LogitLens) -> Iterator[tuple[str, Figure]]:
     yield "attribution_patching", estimate.plot()
 
 
-DRAWERS = (of_a_text, of_points, of_interventions, of_looking_inside)
+LANDMARKS = {
+    "Paris": ("The Eiffel Tower", "The Louvre", "The Arc de Triomphe"),
+    "Rome": ("The Colosseum", "The Trevi Fountain", "The Pantheon", "The Spanish Steps"),
+    "London": ("Big Ben", "The London Eye", "Buckingham Palace", "Westminster Abbey"),
+    "Moscow": ("The Kremlin", "Red Square", "The Bolshoi Theatre"),
+    "Berlin": ("The Brandenburg Gate", "The Reichstag", "Checkpoint Charlie"),
+}
+ENDINGS = ("is in", "is located in", "can be seen in", "stands in the city of")
+
+
+def of_probes(lens: LogitLens) -> Iterator[tuple[str, Figure]]:
+    """Where a city can be read, against where patching says that it is."""
+    model, tokenizer = lens.model, lens.tokenizer
+    known = [(city, place) for city, places in LANDMARKS.items() for place in places]
+    texts = [f"{place} {ending}" for _, place in known for ending in ENDINGS]
+    cities, places = ([each[i] for each in known for _ in ENDINGS] for i in (0, 1))
+    probes = train_probes(model, tokenizer, texts, cities, groups=places)
+    three = [(city, place) for city, place in known if len(lens.encode(place)) == 3]
+    pairs = [
+        (f"{here} is in", f"{there} is in")
+        for (a, here), (b, there) in itertools.permutations(three, 2)
+        if a != b
+    ]
+    clean, corrupted = map(list, zip(*pairs, strict=True))
+    used = {
+        name: patching_sweep(
+            model, tokenizer, clean, corrupted, "resid_post",
+            axes=("layer",), positions=positions, normalize=True,
+        ).layer_effects()
+        for name, positions in (("patched: landmark", [0, 1, 2]), ("patched: last token", [4]))
+    }  # fmt: skip
+    yield "which_city", probes.plot(against=used, against_name="patching effect")
+
+
+DRAWERS = (of_a_text, of_points, of_interventions, of_looking_inside, of_probes)
 
 
 def main(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from activation_extraction import ActivationExtractor, extract_batch, make_reque
 from continuations import continuation_nats, sample_continuations
 from edited_runs import abilities
 from forward_pass import InputError, Site
+from long_calls import CALLS, same
 from memory_estimate import (
     MemoryEstimate,
     ModelSizes,
@@ -26,7 +28,7 @@ from memory_estimate import (
 from memory_limits import (
     NotEnoughMemoryError,
     SmallerBatchWarning,
-    explained,
+    explain,
     free_bytes,
     in_batches,
     in_words,
@@ -151,8 +153,6 @@ def test_other_errors_pass():
 
     with pytest.raises(RuntimeError, match="shapes"):
         list(in_batches([[1, 2]], run, unit="things"))
-    with pytest.raises(RuntimeError, match="shapes"), explained("the run"):
-        run([])
 
 
 def test_what_a_failed_batch_held_is_let_go():
@@ -178,11 +178,34 @@ def test_what_a_failed_batch_held_is_let_go():
 
 
 def test_an_error_is_explained():
-    with pytest.raises(NotEnoughMemoryError, match=r"the run does not fit into memory: 3 GiB\."):
-        with explained("the run", lambda: "3 GiB"):
-            raise MemoryError
-    with pytest.raises(NotEnoughMemoryError, match=r"^inner$"), explained("the run"):
-        raise NotEnoughMemoryError("inner")
+    with ExitStack() as stack, pytest.raises(NotEnoughMemoryError) as caught:
+        with ExitStack() as inner:
+            inner.push(explain)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+        assert stack
+    assert re.match(
+        r"a pass of the model does not fit into memory: CUDA out of memory. Tried to allocate 2 "
+        r"GiB\. Shorten the text",
+        str(caught.value),
+    )
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    assert caught.value.__cause__.__traceback__ is None, "its frames hold what did not fit"
+    for other in (NotEnoughMemoryError("inner"), RuntimeError("shapes"), KeyboardInterrupt()):
+        with pytest.raises(type(other)) as caught, ExitStack() as stack:
+            stack.push(explain)
+            raise other
+        assert caught.value is other
+
+
+def test_an_estimate_that_does_not_fit_itself_is_left_out():
+    with pytest.raises(NotEnoughMemoryError, match=r"^one of the things alone does not fit into m"):
+        list(in_batches([[1]], lambda _: fail(), unit="things", needs=lambda _: fail()))
+
+    def explained(_batch):
+        raise NotEnoughMemoryError("as it was said")
+
+    with pytest.raises(NotEnoughMemoryError, match=r"^as it was said$"):
+        list(in_batches([[1]], explained, unit="things", needs=lambda _: fail()))
 
 
 # --- The calls that have batches ------------------------------------------------------------------
@@ -249,6 +272,67 @@ def test_paths_go_on_with_smaller_batches(gpt2, monkeypatch):
     with pytest.warns(SmallerBatchWarning):
         found = patch_paths(gpt2, None, CLEAN, CORRUPTED, **call).values
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+QUICK = ("extraction", "head summary", "paths", "probes", "steering sweep", "sweep", "lens")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [call if call in QUICK else pytest.param(call, marks=pytest.mark.slow) for call in CALLS],
+)
+def test_every_long_call_goes_on_or_says_what_does_not_fit(monkeypatch, call):
+    """With passes of fewer and fewer rows: the same result and a line, or an error in words."""
+    model, rows = families.build("gpt2"), []
+    kind, limit = type(Architecture(model).blocks[0]), float("inf")
+    real = kind.forward
+
+    def limited(self, hidden, *args, **kwargs):
+        rows.append(len(hidden))
+        if len(hidden) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
+        return real(self, hidden, *args, **kwargs)
+
+    CALLS[call](model)
+    monkeypatch.setattr(kind, "forward", limited)
+    expected, most, before = CALLS[call](model), max(rows), state_of(model)
+    for limit in sorted({most - 1, most // 2, 1, 0}, reverse=True):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                found = CALLS[call](model)
+            except NotEnoughMemoryError as error:
+                assert limit == 0 or call in ONE_PASS
+                assert "Shorten the text, ask for fewer" in str(error)
+                assert re.search(
+                    r"Tried to allocate 2 GiB|need about|takes|\d are free", str(error)
+                )
+            else:
+                same(found, expected, rtol=1e-4, atol=1e-4)
+                assert any(each.category is SmallerBatchWarning for each in said) == (limit < most)
+        assert_untouched(model, before)
+
+
+ONE_PASS = {"paths", "trace", "head writes", "weighted patterns", "copying"}
+"""Calls with a pass of several rows that belong together: two runs, noise, a matrix' columns."""
+
+
+def test_the_unmodified_runs_of_many_pairs_are_made_in_smaller_batches(gpt2, monkeypatch):
+    import patching_sweep as module
+
+    pairs = [[CLEAN, [7, *CLEAN[1:]], [8, *CLEAN[1:]]], [CORRUPTED] * 3]
+    call = {"answer": 20, "foil": 30, **QUIET}
+    expected = module.patching_sweep(gpt2, None, *pairs, **call)
+    starve(monkeypatch, module, "run_base", lambda _a, ids, *_r, **_k: len(ids), 1)
+    with pytest.warns(SmallerBatchWarning, match=r"3 pairs of prompts at a time .* with 1"):
+        found = module.patching_sweep(gpt2, None, *pairs, **call)
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-4, atol=1e-5)
+    starve(monkeypatch, module, "run_base", lambda *_a, **_k: 1, 0)
+    with (
+        pytest.warns(SmallerBatchWarning),
+        pytest.raises(NotEnoughMemoryError, match="one of the pairs of prompts alone"),
+    ):
+        module.patching_sweep(gpt2, None, *pairs, **call)
 
 
 def test_too_little_memory_is_not_taken_for_what_a_model_cannot_do(monkeypatch):

@@ -8,6 +8,7 @@ import families
 import similarity
 from activation_rows import read_rows
 from forward_pass import InputError, LayerError, SiteError
+from heat_maps import number_cells
 from model_analyzer import ModelAnalyzer
 from model_architecture import Architecture
 from saved_files import read_after_damage
@@ -276,6 +277,14 @@ def test_a_result_survives_its_file_and_damage(tmp_path):
     assert read_after_damage(found, tmp_path / "table") > 20
     with pytest.raises(InputError, match="not as its labels say"):
         SimilarityResult(np.ones((2, 3)), ("0", "1"), ("0", "1"), "layers", "cka", "x", 9)
+
+
+def test_numbers_stand_in_small_tables_alone():
+    table = np.full((16, 3), 0.126)
+    table[2, 1] = np.nan
+    cells = number_cells(table)
+    assert (cells[0, 0], cells[2, 1]) == ("0.13", "")
+    assert number_cells(np.ones((17, 3))) is None
 
 
 def test_the_frame_and_the_picture():

@@ -222,6 +222,7 @@ def test_special_unknown_and_missing_tokens_are_shown(bos_tokenizer):
     ("positions", "expected"),
     [
         (None, [0, 1, 2, 3, 4]),
+        ("all", [0, 1, 2, 3, 4]),
         ("last", [4]),
         (0, [0]),
         (-1, [4]),
@@ -266,7 +267,7 @@ def test_positions_that_select_nothing_are_refused(positions):
     ["first", 1.5, [1.0], True, [True, False], np.array([True]), [[0, 1]], slice(0.5, 2), object()],
 )
 def test_other_kinds_of_positions_are_refused(positions):
-    with pytest.raises(InputError, match="positions is 'last', an index, a slice, a list or None"):
+    with pytest.raises(InputError, match="positions is 'last', 'all', an index, a slice, a list or None"):
         resolve_positions(positions, 5)
 
 
