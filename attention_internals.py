@@ -156,6 +156,8 @@ def _attend(
             f"{type(module).__name__} computed no attention pattern; "
             "a pattern needs attn_implementation='eager'"
         )
+    if kwargs.get("s_aux") is not None:
+        pattern = _less_sink(pattern, value, output)
     edited = pattern
     for hook in patterns:
         edited = replaced(hook, edited)
@@ -163,6 +165,18 @@ def _attend(
         values = value.repeat_interleave(edited.shape[1] // value.shape[1], dim=1)
         output = torch.matmul(edited, values).transpose(1, 2).contiguous()
     return output, edited
+
+
+def _less_sink(pattern: Tensor, value: Tensor, output: Tensor) -> Tensor:
+    """The pattern that makes the output, where a sink's share is taken off the output alone."""
+    values = value.repeat_interleave(pattern.shape[1] // value.shape[1], dim=1)
+    plain, made = torch.matmul(pattern, values).float(), output.transpose(1, 2).float()
+    rounding = 64 * torch.finfo(pattern.dtype).eps * plain.abs().amax()
+    if bool(((made - plain).abs() <= rounding).all()):
+        return pattern
+    size = (plain * plain).sum(-1, keepdim=True)
+    share = (made * plain).sum(-1, keepdim=True) / torch.where(size > 0, size, 1)
+    return pattern * share.to(pattern.dtype)
 
 
 def _bounded(given: Any) -> Any:

@@ -42,7 +42,7 @@ def locate(source: str | Path, loading: dict[str, Any]) -> tuple[str, dict[str, 
         for name in ("revision", "token", "cache_dir", "subfolder")
         if name in loading
     }
-    options["trust_remote_code"] = loading.get("trust_remote_code", False)
+    options["trust_remote_code"] = bool(loading.get("trust_remote_code"))  # None would ask
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not (folder / loading.get("subfolder", "") / "config.json").is_file():
@@ -157,8 +157,8 @@ def auto_class(config: Any, head: bool) -> Any:
 
 def read_weights(
     place: str, config: Any, head: bool, device: torch.device | None, loading: dict[str, Any]
-) -> PreTrainedModel:
-    """The model on ``device`` (None: where ``device_map`` says), no weight of it made up.
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model on ``device`` (None: where ``device_map`` says), and what was lacking in the files.
 
     Args:
         place: A folder or hub id, as `locate` gives it.
@@ -167,8 +167,11 @@ def read_weights(
         device: Where all of it shall lie.
         loading: For ``from_pretrained``.
 
+    Returns:
+        The model, and what `refuse_random_weights` looks at.
+
     Raises:
-        ModelLoadError: the weights are not there, broken or incomplete.
+        ModelLoadError: the weights are not there, or broken.
     """
     import_modeling()
     kind = auto_class(config, head)
@@ -191,11 +194,11 @@ def read_weights(
             f"the weights of {place} are broken: no PyTorch file of plain tensors"
         ) from err
     model, info = loaded
-    _refuse_random_weights(place, model, info)
-    return model if device is None else model.to(device)
+    return model if device is None else model.to(device), info
 
 
-def _refuse_random_weights(place: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+def refuse_random_weights(place: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raise ModelLoadError where a checkpoint lacks weights, so that some were made up."""
     mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
     lacking = sorted({*info["missing_keys"], *mismatched})
     if not lacking:

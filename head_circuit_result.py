@@ -227,7 +227,7 @@ class CompositionScores(Kept):
         """
         from heat_maps import plot_head_grid, plot_heatmap
 
-        values = self.of(kind, reader) - self.chance
+        values: np.ndarray = np.asarray(self.of(kind, reader) - self.chance)
         rows, name = [str(layer) for layer in self.layers], f"{kind.upper()}-composition − chance"
         title = f"What heads read of earlier ones (chance is {self.chance:.2g})"
         chosen: dict[str, Any] = {"signed": True, "title": title}

@@ -35,6 +35,7 @@ from checkpoints import (
     read_config,
     read_tokenizer,
     read_weights,
+    refuse_random_weights,
 )
 from decoder_check import refuse_encoder, refuse_encoder_decoder
 from forward_pass import InputError
@@ -154,8 +155,9 @@ def load_model(
     refuse_encoder_decoder(config, f"{place} ({config.model_type})")
     if load_tokenizer and tokenizer is None:
         tokenizer = read_tokenizer(place, options)
-    model = read_weights(place, config, head, target, {**loading, **options}).eval()
-    _require_decoder(model)
+    model, lacking = read_weights(place, config, head, target, {**loading, **options})
+    _require_decoder(model.eval())  # first: an encoder lacks the head that is asked for here
+    refuse_random_weights(place, model, lacking)
     return model, tokenizer
 
 
@@ -281,7 +283,7 @@ class ModelInspector:
         kind = auto_class(self.config, self._loading.get("head", True))
         with torch.device("meta"):
             return kind.from_config(
-                self.config, trust_remote_code=self._loading.get("trust_remote_code", False)
+                self.config, trust_remote_code=bool(self._loading.get("trust_remote_code"))
             )
 
     def get_architecture_summary(self) -> dict[str, Any]:

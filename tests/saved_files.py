@@ -20,16 +20,31 @@ import families
 from ablation import ablate
 from activation_extraction import ActivationExtractor
 from array_formats import FORMATS
+from attention_analysis import attention_patterns, head_summary
+from attention_result import AttentionPatterns, HeadSummary
 from causal_tracing import trace_subject
+from comparison_result import ModelComparison
+from concept_eraser import ConceptEraser, ErasureResult, check_erasure, erase_concept
 from control_vectors import export_gguf, import_gguf
+from embedding_geometry import GeometryResult, NearestTokens, measure_geometry, nearest_tokens
 from feature_attribution import FeatureAttribution, attribute_features
 from forward_pass import RecordFileError
+from head_circuit_result import CircuitTokens, CompositionScores, HeadDirections, HeadScores
+from head_circuits import circuit_tokens, composition_scores, copying_scores, head_directions
+from head_weights import HeadWeights, head_weights
+from head_writing import head_writes, value_weighted_patterns
+from head_writing_result import HeadWrites, WeightedPatterns
 from lens_result import LensResult
+from linear_probes import train_probes
 from logit_lens import LogitLens
+from model_architecture import Architecture
+from model_comparison import compare_models
 from node_effects import AblationEffects, PathEffects
 from patching_sweep import patching_sweep
 from path_patching import patch_paths
+from probe_result import ProbeResult
 from record_files import load_activations, save_activations
+from similarity import SimilarityResult, prompt_similarity
 from steering_direction import Direction, load_directions, save_directions
 from steering_effects import SteeringSweep
 from steering_sweep import sweep_directions
@@ -38,6 +53,9 @@ from trace_result import CausalTrace
 from tuned_lens import TunedLens
 
 CLEAN, CORRUPTED = [5, 9, 12, 7], [5, 10, 12, 7]
+ROWS = [[5, 9, n] for n in range(12, 20)]
+LABELS = [n / 4 for n in range(8)]
+QUIET = {"show_progress": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +70,10 @@ class Saved:
 @functools.cache
 def model():
     return families.build("gpt2")
+
+
+def _architecture():
+    return Architecture(model())
 
 
 @functools.cache
@@ -124,6 +146,36 @@ SAVED = {
         lambda: attribute_features(model(), None, CLEAN, 1, answer=20), FeatureAttribution
     ),
     "steering": _by_save(_steering, SteeringSweep),
+    "head summary": _by_save(lambda: head_summary(model(), None, ROWS, **QUIET), HeadSummary),
+    "patterns": _by_save(lambda: attention_patterns(model(), None, CLEAN, 1), AttentionPatterns),
+    "probes": _by_save(
+        lambda: train_probes(model(), None, ROWS, LABELS, folds=2, controls=1), ProbeResult
+    ),
+    "eraser": _by_save(lambda: erase_concept(model(), None, ROWS, LABELS, 1), ConceptEraser),
+    "erasure": _by_save(
+        lambda: check_erasure(model(), None, ROWS, LABELS, 2, folds=2), ErasureResult
+    ),
+    "similarity": _by_save(lambda: prompt_similarity(model(), None, ROWS[:3], 1), SimilarityResult),
+    "geometry": _by_save(lambda: measure_geometry(model(), None, ROWS), GeometryResult),
+    "nearest": _by_save(lambda: nearest_tokens(model(), None, torch.ones(32), 3), NearestTokens),
+    "comparison": _by_save(
+        lambda: compare_models(model(), None, model(), ROWS[:3]), ModelComparison
+    ),
+    "head weights": _by_save(lambda: head_weights(_architecture(), 1), HeadWeights),
+    "head scores": _by_save(lambda: copying_scores(_architecture()), HeadScores),
+    "composition": _by_save(lambda: composition_scores(_architecture()), CompositionScores),
+    "circuit": _by_save(
+        lambda: circuit_tokens(_architecture(), None, (1, 2), [5, 6]), CircuitTokens
+    ),
+    "head directions": _by_save(
+        lambda: head_directions(_architecture(), None, (1, 2), directions=2, k=3), HeadDirections
+    ),
+    "weighted patterns": _by_save(
+        lambda: value_weighted_patterns(_architecture(), None, CLEAN, [1]), WeightedPatterns
+    ),
+    "head writes": _by_save(
+        lambda: head_writes(_architecture(), None, CLEAN, [20], k=2), HeadWrites
+    ),
     "direction": _by_save(_direction, Direction),
     "directions": Saved(
         lambda: {n: _direction(n) for n in (0, 2)}, save_directions, load_directions

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import AttentionInterface
 
 import families
+import model_zoo
 from attention_internals import AttentionFinder
 from forward_pass import ArchitectureError, Site, SiteError, edit, record, recording
 from model_architecture import Architecture
@@ -236,3 +237,19 @@ def test_probing_one_model_does_not_suspend_the_hooks_on_another():
             assert torch.equal(
                 record(architecture, {"input_ids": IDS}, [], logits=True).logits, expected
             )
+
+
+def test_a_sink_that_scales_the_output_is_in_the_pattern():
+    """Granite SWA's own weights leave the sink out, and its output is scaled: the site has both."""
+    model = model_zoo.build("granite_swa")
+    architecture = Architecture(model)
+    sites = [Site(name, 1) for name in ("attn_pattern", "value", "head_out")]
+    plain = record(architecture, {"input_ids": IDS}, sites, logits=True)
+    pattern, value, made = (plain[site] for site in sites)
+    assert float(pattern.sum(-1).min()) < 0.9
+    values = value.repeat_interleave(2, dim=2)
+    torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", pattern, values), made)
+    with edit(architecture, [(Site("attn_pattern", i), torch.clone) for i in range(4)]):
+        same = record(architecture, {"input_ids": IDS}, [], logits=True)
+    logits = record(architecture, {"input_ids": IDS}, [], logits=True).logits
+    torch.testing.assert_close(same.logits, logits, atol=1e-4, rtol=1e-4)

@@ -32,6 +32,7 @@ from model_analyzer import ModelAnalyzer
 from model_architecture import Architecture
 from patch_oracle import assert_untouched, by_token, hooked_logits, recorded, state_of
 from patching_sweep import patching_sweep
+from saved_files import read_after_damage
 from sweep_cells import DEFAULT_AXES, HEAD_SITES
 from sweep_result import SweepResult
 
@@ -579,6 +580,10 @@ def full(gpt2):
         gpt2, None, CLEAN, CORRUPTED, "key", exact=True, grad_drop=True,
         attention_correction=True, **TOKENS,
     )  # fmt: skip
+
+
+def test_damaged_files_are_refused(full, tmp_path):
+    assert read_after_damage(full, tmp_path / "file") > 20
 
 
 def test_round_trip(full, tmp_path, gpt2):

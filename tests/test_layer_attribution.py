@@ -17,6 +17,7 @@ from logit_metrics import Metric
 from model_architecture import Architecture
 from patch_oracle import assert_untouched, hooked_logits, recorded, state_of
 from patching_sweep import patching_sweep
+from saved_files import read_after_damage
 
 PROMPT = [7, 11, 15, 6, 49, 10, 13]
 OTHER = [7, 11, 30, 6, 49, 21, 13]
@@ -312,6 +313,10 @@ def test_sums_and_top(heads, gpt2):
     assert list(stream.top(1)) == ["layer", "unit", "value"]
     with pytest.raises(InputError, match="no heads"):
         stream.by_head()
+
+
+def test_damaged_files_are_refused(heads, tmp_path):
+    assert read_after_damage(heads, tmp_path / "file") > 20
 
 
 def test_round_trip(heads, tmp_path):
