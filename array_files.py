@@ -296,7 +296,7 @@ def built(kind: type[Result], fields: Mapping[str, Any]) -> Result:
     """A result out of what a file says, each field of the type that its class declares.
 
     Args:
-        kind: A dataclass.
+        kind: A dataclass, whose line (``repr``) is made once: arrays that lack axes have none.
         fields: By name.
 
     Raises:
@@ -307,7 +307,9 @@ def built(kind: type[Result], fields: Mapping[str, Any]) -> Result:
         if name in hints and not _is_of(value, hints[name]):
             expected = getattr(hints[name], "__name__", hints[name])
             raise RecordFileError(f"its {name} is {repr(value)[:60]}; expected {expected}")
-    return kind(**fields)
+    found = kind(**fields)
+    repr(found)
+    return found
 
 
 def _is_of(value: Any, hint: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from array_files import open_arrays, write_arrays
+from array_files import built, open_arrays, write_arrays
 from forward_pass import InputError, LayerError
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class AttentionPatterns:
         with open_arrays(Path(path), "attention patterns", VERSION) as stored:
             header = {name: tuple(value) for name, value in stored.content.items()}
             patterns = tuple(stored.read(f"layer {each}").numpy() for each in header["layers"])
-        return cls(patterns, **header)
+            return built(cls, {**header, "patterns": patterns})
 
 
 # --- Scores of every head -------------------------------------------------------------------------
@@ -333,8 +333,7 @@ class HeadSummary:
         with open_arrays(Path(path), "head summary", VERSION) as stored:
             header: dict[str, Any] = dict(stored.content)
             header |= {name: tuple(header[name]) for name in ("kinds", "layers", "queries")}
-            values = stored.read("values").numpy()
-        return cls(values, **header)
+            return built(cls, {**header, "values": stored.read("values").numpy()})
 
 
 @dataclass(frozen=True, eq=False)

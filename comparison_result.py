@@ -196,7 +196,7 @@ class ModelComparison:
                 own: dict[str, Any] = {name: tuple(lists[name]) for name in _WEIGHT_LISTS}
                 own |= {name: stored.read(f"weights.{name}").numpy() for name in _WEIGHT_TABLES}
                 fields["weights"] = built(WeightChanges, own)
-        return built(cls, fields)
+            return built(cls, fields)
 
 
 _TABLES = ("distance", "cosine", "cka", "lens_kl", "agreement")

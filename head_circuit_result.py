@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 
-from array_files import open_arrays, write_arrays
+from array_files import built, open_arrays, write_arrays
 from forward_pass import InputError
 from token_labels import axis_labels
 
@@ -57,7 +57,7 @@ class Kept:
         """
         with open_arrays(Path(path), cls.KIND, VERSION) as stored:
             arrays = {name: stored.read(name).numpy() for name in stored.specs}
-            return cls(**{k: _as_tuples(v) for k, v in stored.content.items()}, **arrays)
+            return built(cls, {k: _as_tuples(v) for k, v in stored.content.items()} | arrays)
 
 
 def _as_lists(value: Any) -> Any:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from array_files import open_arrays, write_arrays
+from array_files import built, open_arrays, write_arrays
 from attention_projections import (
     PARTS,
     Projection,
@@ -212,7 +212,7 @@ class HeadWeights:
                 k: tuple(v) if isinstance(v, list) else v for k, v in stored.content.items()
             }
             tensors: Any = {name: stored.read(name) for name in TENSORS}
-            return cls(**header, **tensors)
+            return built(cls, header | tensors)
 
 
 MATRICES = ("W_Q", "W_K", "W_V", "W_O")

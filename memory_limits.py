@@ -103,7 +103,8 @@ def in_batches(
             if len(_shared):
                 raise NotEnoughMemoryError(_shared_advice(len(batch), unit)) from done.error
             if not half:
-                raise _alone(unit, None if needs is None else partial(needs, batch), done.error)
+                failure = _alone(unit, None if needs is None else partial(needs, batch), done.error)
+                raise failure
             limit = cost(batch[:half])
             warnings.warn(
                 f"{len(batch)} {unit} at a time do not fit into memory: going on with {half}",

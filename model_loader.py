@@ -136,10 +136,11 @@ def load_model(
     Raises:
         ModelLoadError: nothing that can be loaded is there, or it is broken or incomplete.
         ArchitectureError: the model is not a decoder-only language model.
-        InputError: arguments that contradict each other.
+        InputError: arguments that contradict each other, or a dtype that does not exist.
     """
     if not isinstance(source, str | Path):
         return _live_model(source, device, tokenizer, load_tokenizer, loading)
+    _check_dtype(loading.get("dtype"))
     placed = [name for name in PLACING if loading.get(name) is not None]
     if not placed:
         target = usable_device(device)
@@ -191,6 +192,14 @@ def _live_model(
     if tokenizer is None and load_tokenizer and holds_tokenizer(place):
         tokenizer = read_tokenizer(place, {"local_files_only": True})
     return model, tokenizer
+
+
+def _check_dtype(dtype: Any) -> None:
+    named = isinstance(dtype, str) and dtype != "auto"
+    if named and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(
+            f"there is no dtype {dtype!r}; write float32, bfloat16, float16, float64 or auto"
+        )
 
 
 def _require_decoder(model: PreTrainedModel) -> None:

@@ -333,7 +333,7 @@ class ProbeResult:
         with open_arrays(Path(path), KIND, VERSION) as stored:
             header = {name: decode(stored.content[name]) for name in _PLAIN}
             arrays: Any = {name: stored.read(name).numpy() for name in _ARRAYS}
-        return built(cls, {**header, **arrays})
+            return built(cls, {**header, **arrays})
 
 
 _WITH_HEADS = ("head_out", "query", "key", "value")

@@ -282,7 +282,7 @@ class SimilarityResult:
         """
         with open_arrays(Path(path), KIND, VERSION) as stored:
             fields = {**stored.content, "values": stored.read("values").numpy()}
-        return built(cls, {**fields, **{name: tuple(fields[name]) for name in _LISTS}})
+            return built(cls, {**fields, **{name: tuple(fields[name]) for name in _LISTS}})
 
 
 _PLAIN = ("between", "metric", "site", "count", "layer")

@@ -25,7 +25,7 @@ Prompt = str | Sequence[int] | Tensor | np.ndarray | Sequence[Mapping[str, str]]
 """Text, token ids (a list, a 1-D tensor or array), or a chat (``[{"role": …, "content": …}]``)."""
 
 Positions = str | int | slice | Sequence[int] | Tensor | np.ndarray | None
-"""Which tokens: ``"last"``, an index (negative from the end), a slice, a list; ``"all"`` or None."""
+"""Which tokens: ``"last"``, an index (negative from the end), a slice, a list, ``"all"``, None."""
 
 
 def is_token_ids(prompt: Any) -> bool:

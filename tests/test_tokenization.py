@@ -267,7 +267,8 @@ def test_positions_that_select_nothing_are_refused(positions):
     ["first", 1.5, [1.0], True, [True, False], np.array([True]), [[0, 1]], slice(0.5, 2), object()],
 )
 def test_other_kinds_of_positions_are_refused(positions):
-    with pytest.raises(InputError, match="positions is 'last', 'all', an index, a slice, a list or None"):
+    told = "positions is 'last', 'all', an index, a slice, a list or None"
+    with pytest.raises(InputError, match=told):
         resolve_positions(positions, 5)
 
 
