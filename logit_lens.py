@@ -102,7 +102,7 @@ class LogitLens:
             raise InputError(
                 "these hidden states have no values (a record loaded from json holds shapes only)"
             )
-        flat = hidden.reshape(-1, 1, width).to(arch.stream_device, self.model.dtype)
+        flat = hidden.reshape(-1, 1, width).to(arch.stream_device, arch.stream_dtype)
         with torch.no_grad(), self._final_norm(apply_ln):
             logits = resume(arch, self._dummy_inputs(len(flat)), arch.n_layers, flat)
         return logits.view(*hidden.shape[:-1], logits.shape[-1])

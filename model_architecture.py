@@ -163,8 +163,8 @@ class Architecture:
 
     @cached_property
     def _found(self) -> ModelStructure:
-        """What the probe found, remembered until a module of the model is replaced."""
-        fingerprint = hash(tuple(id(module) for module in self.model.modules()))
+        """What the probe found, remembered until a module or the dtype of the model changes."""
+        fingerprint = hash((self.model.dtype, *map(id, self.model.modules())))
         known = _KNOWN.get(self.model)
         if known is None or known[0] != fingerprint:
             ids = torch.arange(1, PROBE_LENGTH + 1).remainder(self.config.vocab_size)[None]
@@ -217,6 +217,11 @@ class Architecture:
     def stream_device(self) -> torch.device:
         """Where the residual stream leaves the last block."""
         return compute_device(self.blocks[-1])
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """The stream's dtype: the model's, or float32 where half precision keeps it so (Mamba)."""
+        return torch.float32 if self._found.widened else self.model.dtype
 
     @cached_property
     def forward_parameters(self) -> set[str]:

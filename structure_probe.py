@@ -105,6 +105,8 @@ class ModelStructure:
     """
     reads_earlier: bool = False
     """Whether blocks are given what earlier blocks were given or gave, beside the stream."""
+    widened: bool = False
+    """Whether the stream is float32 in a model of half precision (Mamba's)."""
 
 
 @torch.no_grad()
@@ -155,7 +157,9 @@ def probe_structure(
     )
     more = earlier or _hand_more(traces)
     width = stream.show(last).shape[-1]
-    return ModelStructure(found, _find_final_norm(around, last), width, stream, more, earlier)
+    widened = last.dtype == torch.float32 != getattr(model, "dtype", last.dtype)
+    norm = _find_final_norm(around, last)
+    return ModelStructure(found, norm, width, stream, more, earlier, widened)
 
 
 def _require_blocks(body: nn.Module, traces: Sequence[BlockTrace]) -> None:

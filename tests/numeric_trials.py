@@ -341,7 +341,7 @@ TECHNIQUES: dict[str, Technique] = {
     "record attn_pattern": Technique(patterns, own_patterns, True, "`output_attentions`, eager"),
     "resume at every layer": Technique(resumed, repeated_logits, True, "the model's logits"),
     "lens of the last layer": Technique(
-        lens_of_last, lambda model: [plain(model)[0]], what="the model's logits"
+        lens_of_last, lambda model: [plain(model)[0]], True, "the model's logits"
     ),
     "lens of every layer": Technique(read_rows, stopped_early, what="the model cut off there"),
     "batch, padded": Technique(batched, one_by_one, what="hooks, one prompt at a time"),

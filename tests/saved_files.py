@@ -26,16 +26,21 @@ from causal_tracing import trace_subject
 from comparison_result import ModelComparison
 from concept_eraser import ConceptEraser, ErasureResult, check_erasure, erase_concept
 from control_vectors import export_gguf, import_gguf
+from direct_attribution import logit_attribution
 from embedding_geometry import GeometryResult, NearestTokens, measure_geometry, nearest_tokens
 from feature_attribution import FeatureAttribution, attribute_features
 from forward_pass import RecordFileError
+from gradient_attribution import attribute_tokens
 from head_circuit_result import CircuitTokens, CompositionScores, HeadDirections, HeadScores
 from head_circuits import circuit_tokens, composition_scores, copying_scores, head_directions
 from head_weights import HeadWeights, head_weights
 from head_writing import head_writes, value_weighted_patterns
 from head_writing_result import HeadWrites, WeightedPatterns
+from layer_attribution import layer_attribution
+from layer_attribution_result import LayerAttribution
 from lens_result import LensResult
 from linear_probes import train_probes
+from logit_attribution import LogitAttribution
 from logit_lens import LogitLens
 from model_architecture import Architecture
 from model_comparison import compare_models
@@ -49,6 +54,7 @@ from steering_direction import Direction, load_directions, save_directions
 from steering_effects import SteeringSweep
 from steering_sweep import sweep_directions
 from sweep_result import SweepResult
+from token_attribution import TokenAttribution
 from trace_result import CausalTrace
 from tuned_lens import TunedLens
 
@@ -175,6 +181,16 @@ SAVED = {
     ),
     "head writes": _by_save(
         lambda: head_writes(_architecture(), None, CLEAN, [20], k=2), HeadWrites
+    ),
+    "logit parts": _by_save(
+        lambda: logit_attribution(_architecture(), None, CLEAN, 20, 30), LogitAttribution
+    ),
+    "token attribution": _by_save(
+        lambda: attribute_tokens(model(), None, CLEAN, "input_x_gradient", 20), TokenAttribution
+    ),
+    "layer attribution": _by_save(
+        lambda: layer_attribution(model(), None, CLEAN, n_steps=30, answer=20, **QUIET),
+        LayerAttribution,
     ),
     "direction": _by_save(_direction, Direction),
     "directions": Saved(

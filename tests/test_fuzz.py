@@ -1,6 +1,8 @@
 """Whatever a user types: an answer, or an error of the toolkit's own that says what to type."""
 
 import functools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,6 +155,16 @@ PROMPTS = st.one_of(
 )  # fmt: skip
 
 RUNS = {
+    "attention_patterns": lambda a, p: a.attention_patterns(p, 1),
+    "head_summary": lambda a, p: a.head_summary([p], layers=[1], **QUIET),
+    "head_writes": lambda a, p: a.head_writes(p, layers=[1]),
+    "weighted patterns": lambda a, p: a.value_weighted_patterns(p, [1]),
+    "prompt_similarity": lambda a, p: a.prompt_similarity([p, [5, 6]], 1),
+    "geometry": lambda a, p: a.measure_geometry([p, [5, 6]]),
+    "comparison": lambda a, p: a.compare_models(a.model, [p], weights=False),
+    "probes": lambda a, p: a.train_probes(
+        [[5, n] for n in range(6)] + [p], [n / 3 for n in range(7)], layers=[1], folds=2, controls=0
+    ),
     "extraction": lambda a, p: a.extract_activations(p, layer_indices=[1]),
     "batch": lambda a, p: a.extract_batch_activations([p, [5, 6]], layer_indices=[1], **QUIET),
     "lens": lambda a, p: a.logit_lens(p, top_k=1),
@@ -196,6 +208,26 @@ def test_a_prompt_of_the_bos_alone_or_of_one_token_is_run():
         assert answer(bos.generate, prompt, max_new_tokens=2) != ""
 
 
+# --- Pages of html --------------------------------------------------------------------------------
+
+PAGES = {
+    "attention_view": "test_attention_view",
+    "highlight_view": "test_text_highlight",
+    "interactive_figures": "test_interactive_figures",
+    "token_attribution": "test_text_highlight",
+}
+"""What makes html, and where tokens that are markup are put into it."""
+
+
+def test_everything_that_makes_html_is_tried_with_markup():
+    root = Path(__file__).parent.parent
+    makes = re.compile(r"def (_repr_html_|to_html)|\.to_html\(|</(div|span|p|script|html)>")
+    found = {p.stem for p in root.glob("*.py") if makes.search(p.read_text(encoding="utf-8"))}
+    assert found - {"attention_page", "highlight_page"} == set(PAGES)
+    for test in PAGES.values():
+        assert "<script>" in (root / "tests" / f"{test}.py").read_text(encoding="utf-8")
+
+
 # --- Longer than the context ----------------------------------------------------------------------
 
 LONG = [5 + i % 90 for i in range(families.POSITIONS + 1)]
@@ -204,7 +236,22 @@ TOKENS = {"answer": 20, "foil": 30, "show_progress": False}
 PATCH = [ActivationPatch(1, 0, torch.zeros(families.HIDDEN))]
 WORDS = {"score": len, "n_samples": 1, "max_new_tokens": 1, "show_progress": False}
 
+TWELVE = [[5, 9, n] for n in range(11)]
+
 LONG_RUNS = {
+    "attention_patterns": lambda a: a.attention_patterns(LONG),
+    "batch_attention_patterns": lambda a: a.batch_attention_patterns([[5], LONG], **QUIET),
+    "head_summary": lambda a: a.head_summary([[5, 6], LONG], **QUIET),
+    "find_heads": lambda a: a.find_heads("induction", [LONG], **QUIET),
+    "value_weighted_patterns": lambda a: a.value_weighted_patterns(LONG),
+    "head_writes": lambda a: a.head_writes(LONG),
+    "train_probes": lambda a: a.train_probes([*TWELVE, LONG], [n / 3 for n in range(12)]),
+    "erase_concept": lambda a: a.erase_concept([*TWELVE, LONG], [n / 3 for n in range(12)], 1),
+    "check_erasure": lambda a: a.check_erasure([*TWELVE, LONG], [n / 3 for n in range(12)], 1),
+    "layer_similarity": lambda a: a.layer_similarity([LONG, [5, 6]]),
+    "prompt_similarity": lambda a: a.prompt_similarity([LONG, [5, 6]], 1),
+    "measure_geometry": lambda a: a.measure_geometry([LONG]),
+    "compare_models": lambda a: a.compare_models(a.model, [LONG]),
     "extract_activations": lambda a: a.extract_activations(LONG),
     "extract_batch_activations": lambda a: a.extract_batch_activations([[5], LONG], **QUIET),
     "estimate_memory": lambda a: a.estimate_memory([[5], LONG]),

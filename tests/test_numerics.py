@@ -13,7 +13,8 @@ import torch
 
 import families
 import numeric_trials
-from forward_pass import InputError
+from forward_pass import InputError, Site, record
+from logit_lens import LogitLens
 from model_architecture import Architecture
 from model_loader import load_model
 from numeric_trials import DTYPES, ROUNDING_64, TECHNIQUES, apart, applies, inputs, measure
@@ -97,6 +98,19 @@ def test_float64_is_not_reached_while_parts_compute_in_float32():
             wide = narrow(**inputs()).logits
     assert half_wide.dtype == wide.dtype == torch.float64
     assert ROUNDING_64 < apart([half_wide], [wide]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_lens_of_a_stream_that_is_wider_than_the_model(dtype):
+    """Mamba keeps its residual stream in float32; rounded, the lens would be off by a rounding."""
+    model = families.build("mamba").to(dtype)
+    arch = Architecture(model)
+    last = Site("resid_post", arch.n_layers - 1)
+    kept = record(arch, inputs(), [last], logits=True)
+    assert kept[last].dtype == arch.stream_dtype == torch.float32
+    assert torch.equal(LogitLens(model).apply_lens_to_hidden_state(kept[last]), kept.logits)
+    assert Architecture(families.build("llama").to(dtype)).stream_dtype == dtype
+    assert Architecture(model.float()).stream_dtype == torch.float32
 
 
 # --- float64, where transformers itself overflows -------------------------------------------------
