@@ -343,9 +343,15 @@ def seeded(architecture: Architecture, seed: int | None) -> Iterator[None]:
         for index in cuda:
             with torch.cuda.device(index):
                 torch.cuda.manual_seed(seed)
-        if any(place.type == "mps" for place in places):
-            torch.mps.manual_seed(seed)
-        yield
+        if not any(place.type == "mps" for place in places):
+            yield
+            return
+        before = torch.mps.get_rng_state()  # fork_rng does not know it
+        torch.mps.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.mps.set_rng_state(before)
 
 
 def decode_text(

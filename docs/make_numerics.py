@@ -84,8 +84,8 @@ float32), against the plain model.
 """
 
 TAIL = """
-Offloaded weights may lie at other addresses, and a matrix product then rounds in another way;
-Hugging Face's own pass differs by as much. In training mode the toolkit's passes run without
+Weights that are read from a file or offloaded may lie at other addresses, where a matrix product
+rounds in another way; Hugging Face's own pass differs by as much. In training mode the toolkit's passes run without
 dropout and each module's mode is put back; a pass that you call yourself (`with handler:
 model(...)`) keeps the model's mode. A compiled model runs eagerly while the toolkit holds hooks
 on it. Quantized models are exact against themselves; the table compares with plain matrices of

@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+import families
+import generation
 import module_devices
+from model_architecture import Architecture
 from module_devices import compute_device, compute_devices, exact
 
 HERE = Path(__file__).resolve().parent
@@ -52,6 +55,18 @@ def test_a_bare_number_is_an_accelerator(monkeypatch):
     assert module_devices._as_device(1) == torch.device("cuda", 1)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
     assert module_devices._as_device(0) == torch.device("mps", 0)
+
+
+def test_a_seed_leaves_the_random_state_of_mps_as_it_was(monkeypatch):
+    """There is none here: the calls that it would get are noted."""
+    calls = []
+    for name in ("manual_seed", "get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.mps, name, lambda *a, name=name: calls.append((name, *a)) or "s")
+    monkeypatch.setattr(generation, "compute_devices", lambda _model: {torch.device("mps", 0)})
+    architecture = Architecture(families.build("llama"))
+    with pytest.raises(RuntimeError, match="stop"), generation.seeded(architecture, 7):
+        raise RuntimeError("stop")
+    assert calls == [("get_rng_state",), ("manual_seed", 7), ("set_rng_state", "s")]
 
 
 # --- Another device -------------------------------------------------------------------------------

@@ -138,9 +138,9 @@ def test_patterns_of_a_padded_batch_in_float64(name):
     batch = extractor.extract_batch_activations(
         prompts, include_attention=True, return_logits=True, show_progress=False
     )
-    for prompt, record in zip(prompts, batch, strict=True):
+    for prompt, mine in zip(prompts, batch, strict=True):
         alone = extractor.extract_activations(prompt, include_attention=True, return_logits=True)
-        ours = [record.logits, *record.attention_weights.values()]
+        ours = [mine.logits, *mine.attention_weights.values()]
         theirs = [alone.logits, *alone.attention_weights.values()]
         assert apart(ours, theirs) < 1e-6
 
