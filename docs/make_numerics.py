@@ -85,17 +85,17 @@ float32), against the plain model.
 
 TAIL = """
 Weights that are read from a file or offloaded may lie at other addresses, where a matrix product
-rounds in another way; Hugging Face's own pass differs by as much. In training mode the toolkit's passes run without
-dropout and each module's mode is put back; a pass that you call yourself (`with handler:
-model(...)`) keeps the model's mode. A compiled model runs eagerly while the toolkit holds hooks
-on it. Quantized models are exact against themselves; the table compares with plain matrices of
-the dequantized weights.
+rounds in another way; Hugging Face's own pass differs by as much. In training mode the toolkit's
+passes run without dropout and each module's mode is put back; a pass that you call yourself
+(`with handler: model(...)`) keeps the model's mode. A compiled model runs eagerly while the toolkit
+holds hooks on it. Quantized models are exact against themselves; the table compares with plain
+matrices of the dequantized weights.
 
 ## Other devices
 
 Float64 statistics go through `module_devices.exact`, which computes on the CPU where a device has
-no float64 (Apple's MPS). Every analysis is run on a pretended accelerator that refuses float64
-and refuses to mix devices (`tests/test_module_devices.py`). On a real CUDA or MPS device nothing
+no float64 (Apple's MPS). The analyses are run on a pretended accelerator that refuses float64 and
+refuses to mix devices (`tests/accelerator_trials.py`). On a real CUDA or MPS device nothing
 here was measured.
 
 ## What does not work

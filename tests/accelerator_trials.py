@@ -86,6 +86,14 @@ MORE: dict[str, Callable[[Any], Any]] = {
     "value-weighted patterns": lambda a: a.value_weighted_patterns(P),
     "head writes": lambda a: a.head_writes(P),
     "generate with patches": lambda a: a.generate_with_patching(P, _patches(a), max_new_tokens=3),
+    "logit attribution": lambda a: a.logit_attribution(P),
+    "attribution patching": lambda a: a.attribution_patching(P, Q, exact=True, show_progress=False),
+    "layer attribution": lambda a: a.layer_attribution(P, n_steps=4),
+    **{
+        f"tokens by {method}": lambda a, method=method: a.attribute_tokens(P, method)
+        for method in ("saliency", "gradient_x_input", "integrated_gradients", "smoothgrad",
+                       "occlusion", "attention_rollout", "gradient_attention")
+    },
     "patch experiment": lambda a: a.activation_patch_experiment(P, Q, 1),
     "path patching": lambda a: a.path_patching(P, Q),
     "sweep of differences": lambda a: a.patching_sweep(P, Q, answer=40, foil=12),

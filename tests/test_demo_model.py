@@ -162,6 +162,7 @@ def test_held_out_facts_are_known_as_the_readme_says(subject, kind, least):
     assert table_row(result.behaviour) == (str(result.n), f"{result.accuracy:.3f}")
 
 
+@pytest.mark.slow
 def test_moods_pronouns_and_years_are_learned(subject):
     assert evaluate.sentiment(subject).accuracy >= 0.9
     assert evaluate.pronouns(subject).accuracy >= 0.9
@@ -177,10 +178,14 @@ def test_the_model_copies_by_an_induction_head(subject):
     assert table_row(result.behaviour) == (str(result.n), f"{result.accuracy:.3f}")
 
 
-def test_the_indirect_object_is_found_by_heads(subject):
+def test_the_indirect_object_is_found(subject):
     named = evaluate.indirect_object(subject)
     assert named.accuracy >= 0.95
     assert table_row(named.behaviour) == (str(named.n), f"{named.accuracy:.3f}")
+
+
+@pytest.mark.slow
+def test_one_head_moves_the_name(subject):
     _, drops = evaluate.name_movers(subject)
     assert drops.max() > 1, "one head whose loss costs a logit of the difference"
 

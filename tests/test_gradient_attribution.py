@@ -434,7 +434,7 @@ REFUSED = [
     ({"targets": 99}, "outside the model's vocabulary"),
     ({"targets": " the"}, "needs a tokenizer"),
     ({"target_positions": 8}, "out of range"),
-    ({"target_positions": "first"}, "'last', an index"),
+    ({"target_positions": "first"}, "'last', 'all', an index"),
     ({"follow_text": True}, "no token follows the last position"),
     ({"follow_text": True, "targets": 7, "target_positions": 1}, "leave out targets"),
     ({"metric": lambda z: z.sum(), "targets": 7}, "one target by itself"),
