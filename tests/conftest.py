@@ -22,6 +22,31 @@ hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, 
 hypothesis.settings.load_profile("steady")
 
 
+ENGINE = {
+    "test_activation_extraction", "test_architecture_check", "test_attention_internals",
+    "test_families", "test_forward_pass", "test_logit_lens", "test_model_architecture",
+    "test_model_zoo", "test_tensor_parallel",
+}  # fmt: skip
+"""Modules whose tests try every family also when they have to be quick."""
+
+KINDS = {
+    "gpt2", "gpt_neox", "bloom", "llama", "mixtral", "qwen3", "olmo2", "gemma2", "phi", "cohere",
+    "granite", "gpt_oss", "mamba",
+}  # fmt: skip
+"""One family of each kind: a technique is tried on these, and on the others by `make test-all`."""
+
+
+def pytest_collection_modifyitems(items):
+    """Mark as slow what tries a technique on a family whose kind is tried already."""
+    others = set(families.FAMILIES) - KINDS
+    for item in items:
+        asked = getattr(item, "callspec", None)
+        params = () if asked is None else asked.params.values()
+        named = {each for each in params if isinstance(each, str)}
+        if item.path.stem not in ENGINE and named & others:
+            item.add_marker(pytest.mark.slow)
+
+
 @functools.cache
 def _built(name):
     return families.build(name)
