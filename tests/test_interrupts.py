@@ -168,6 +168,7 @@ ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWa
     ("name", "call"),
     [("gpt2", "sweep"), ("bloom", "pattern sweep"), ("llama", "extraction"), ("llama", "steering")],
 )
+@pytest.mark.slow  # real signals at random moments
 def test_ctrl_c_at_any_moment_leaves_nothing(name, call):
     check_ctrl_c(name, call, 25)
 
