@@ -5,6 +5,7 @@ import functools
 import os
 import random
 import signal
+import sys
 import threading
 import time
 
@@ -13,12 +14,13 @@ import torch
 
 import families
 import interrupts
-from forward_pass import edit
+from forward_pass import edit, record
 from interrupts import UndoStack, breathe, interrupts_held, until_closed
 from long_calls import CALLS, same
 from model_architecture import Architecture
 from model_lock import lock_of
 from patch_oracle import assert_untouched, state_of
+from sites import Site
 
 FAMILIES = ("gpt2", "llama", "bloom", "gptj")
 """By the ways to attention: the registry, the registry with grouped keys, and products by hand."""
@@ -131,13 +133,15 @@ def ctrl_c_after(seconds):
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        time.sleep(5 * interrupts.AGAIN)  # one that came at the very end is sent again
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
 def check_ctrl_c(name, call, times):
-    model, rng = built(name), random.Random(call)
+    model, rng = families.build(name), random.Random(call)
     expected = CALLS[call](model)
     began = time.perf_counter()
     CALLS[call](model)
@@ -243,6 +247,7 @@ def test_a_hook_is_registered_and_noted_in_one():
 
     with pytest.raises(KeyboardInterrupt), UndoStack() as stack:
         until_closed(stack, register, print)
+        time.sleep(1)
     assert not module._forward_hooks
 
 
@@ -280,20 +285,74 @@ def test_other_threads_hold_nothing_back():
     assert found == [before]
 
 
-def test_another_signals_error_does_not_swallow_ctrl_c(monkeypatch):
-    """Its handler may raise between any two steps, so also while Ctrl-C is made to wait."""
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("step", ["stand", "hold"])
+@pytest.mark.parametrize("context", [interrupts_held, UndoStack])
+def test_another_signals_error_does_not_swallow_ctrl_c(monkeypatch, step, context):
+    """Its handler may raise between any two steps, so also once Ctrl-C is made to wait."""
+    keeper, torn = interrupts._keeper, []
+    real = getattr(keeper, step)
 
-    class Torn(interrupts._Held):
-        def __setattr__(self, name, value):
-            if name == "holding" and value and not self.__dict__.get("torn"):
-                self.__dict__["torn"] = True
-                raise TimeoutError
-            super().__setattr__(name, value)
+    def tearing(*args):
+        real(*args)
+        if not torn:
+            torn.append(step)
+            raise TimeoutError
 
-    monkeypatch.setattr(interrupts, "_held", Torn())
-    with pytest.raises(TimeoutError), interrupts_held():
+    monkeypatch.setattr(keeper, step, tearing)
+    with pytest.raises(TimeoutError), context():
         pass
-    with interrupts_held():
-        pass
-    assert signal.getsignal(signal.SIGINT) is before
+    assert torn == [step]
+    monkeypatch.undo()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), UndoStack() as stack:
+        with interrupts_held():
+            signal.raise_signal(signal.SIGINT)
+            stack.callback(torn.append, "undone")
+    assert torn == [step, "undone"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Traced:
+    """Sends a SIGINT as a call of a function of that name begins, the ``nth`` time."""
+
+    def __init__(self, name, nth):
+        self.name, self.left = name, nth
+
+    def __call__(self, frame, event, _arg):
+        if event == "call" and self.left and frame.f_code.co_qualname == self.name:
+            self.left -= 1
+            if not self.left:
+                signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize(
+    "name", ["UndoStack.__enter__", "UndoStack.__exit__", "_GeneratorContextManager.__exit__"]
+)
+def test_one_that_comes_as_a_context_is_entered_or_left_waits(name, nth):
+    """Just there it would lose the stack, with all that it was to undo."""
+    model = families.build("gpt2")
+    architecture = Architecture(model)
+    edits, inputs = (
+        {Site("attn_pattern", 0): torch.zeros_like},
+        {"input_ids": torch.arange(3)[None]},
+    )
+
+    def call():
+        with edit(architecture, edits):
+            record(architecture, inputs, [Site("resid_post", 1)])
+        time.sleep(1)  # a second is enough for one that is sent again
+
+    before, process = state_of(model), process_state()
+    traced = Traced(name, nth)
+    with pytest.raises(KeyboardInterrupt) as kept:  # with its traceback, as a notebook keeps it
+        sys.setprofile(traced)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+    assert not traced.left
+    assert_untouched(model, before)
+    assert process_state() == process
+    assert kept.tb is not None
