@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,28 @@ if TYPE_CHECKING:
 EACH, REST, MEAN = "each", "rest", "mean"
 """Readings beside those of `tokenization.Positions`: every token a row; every token but the first;
 the mean over tokens."""
+
+TYPICAL, LARGEST = 64, 4096
+"""Roundings, of a typical entry, by which equal vectors may differ: in most features, in any."""
+
+
+def varies(x: np.ndarray) -> bool:
+    """Whether rows differ by more than rounding.
+
+    A token after the same tokens (the first of every text) has the same vector, but for the order
+    in which batches of other shapes add up. What is left of such rows beside their mean is that
+    order, which tells long texts from short ones and nothing else.
+
+    Args:
+        x: ``[row, feature]``, in the dtype that the numbers were made in.
+    """
+    sizes = np.abs(x[x != 0])
+    if not sizes.size:
+        return False
+    exact = x.astype(np.float64)
+    spread = (exact - exact.mean(0)).std(0)
+    rounding = float(np.finfo(np.promote_types(x.dtype, np.float16)).eps * np.median(sizes))
+    return bool(np.median(spread) > TYPICAL * rounding or spread.max() > LARGEST * rounding)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +100,9 @@ class ActivationRows:
         Raises:
             LayerError: one of them is not there.
         """
-        asked = [layers] if isinstance(layers, int) else list(layers)
+        asked = [layers] if isinstance(layers, int | str) else list(layers)
         for layer in asked:
-            if layer not in self.layers:
+            if isinstance(layer, bool) or layer not in self.layers:
                 raise LayerError(f"there are no rows of layer {layer!r}; there are {self.layers}")
         places = [self.layers.index(layer) for layer in asked]
         return replace(self, values=self.values[:, places], layers=tuple(asked))
@@ -125,8 +148,8 @@ def read_rows(
         SiteError: the model has no such site, or no such head.
     """
     check_examples(prompts, "texts")
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1; came {batch_size}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size must be an integer, at least 1; came {batch_size!r}")
     arch = model if isinstance(model, Architecture) else Architecture(model)
     if site == "attn_pattern":
         raise SiteError(
@@ -223,8 +246,8 @@ def _of_head(value: Tensor, site: str, head: int | None) -> Tensor:
     if head is not None:
         if value.dim() != 4:
             raise SiteError(f"{site} has no head axis; leave out head={head}")
-        if not 0 <= head < value.shape[2]:
-            raise SiteError(f"{site} has the heads 0..{value.shape[2] - 1}; came {head}")
+        if isinstance(head, bool) or head not in range(value.shape[2]):
+            raise SiteError(f"{site} has the heads 0..{value.shape[2] - 1}; came {head!r}")
         value = value[:, :, head]
     return position_rows(value, site)
 
@@ -262,16 +285,42 @@ def rows_of(
         activations = [activations]
     if knows_layers(activations):
         return _of_records(activations, layers, read, site, head)
-    given = np.asarray(activations) if isinstance(activations, list | tuple) else activations
-    values = torch.as_tensor(given).detach().float().cpu().numpy()
+    try:
+        values = _numbers_of(activations).numpy()
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            "activations are records, or an array of numbers [row, layer, feature] or "
+            f"[row, feature]; came {type(activations).__name__}"
+        ) from None
     if values.ndim == 2:
         values = values[:, None]
     if values.ndim != 3:
         raise InputError(f"an array is [row, layer, feature] or [row, feature]; {values.shape}")
-    names = range(values.shape[1]) if layers is None else _one_or_more(layers)
-    return ActivationRows(
-        values, tuple(int(x) for x in names), tuple(range(len(values))), (), site, head
-    )
+    names = range(values.shape[1]) if layers is None else _block_numbers(layers)
+    return ActivationRows(values, tuple(names), tuple(range(len(values))), (), site, head)
+
+
+def _numbers_of(activations: Any) -> Tensor:
+    """An array as a tensor on the CPU, float32."""
+    given = np.asarray(activations) if isinstance(activations, list | tuple) else activations
+    return torch.as_tensor(given).detach().float().cpu()
+
+
+def _block_numbers(layers: Any) -> list[int]:
+    """Blocks that an array is said to be of: there is no model to look names up in.
+
+    Raises:
+        InputError: they are no numbers, or one is given twice.
+    """
+    asked = [layers] if isinstance(layers, str | int) else layers
+    try:
+        found = [int(x) if isinstance(x, str) else operator.index(x) for x in asked]
+    except (TypeError, ValueError):
+        found = []
+    bad = any(isinstance(x, bool) for x in asked) if found else True
+    if bad or min(found) < 0 or len(set(found)) < len(found):
+        raise InputError(f"layers of an array are the numbers of its blocks; came {layers!r}")
+    return found
 
 
 def knows_layers(activations: Any) -> bool:

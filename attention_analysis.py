@@ -28,6 +28,7 @@ from activation_extraction import DEFAULT_BATCH, extract_batch
 from attention_result import KINDS, AttentionPatterns, HeadRanking, HeadSummary, kind_of
 from extraction_request import make_request
 from forward_pass import Hook, InputError, Site, Tap, attached, evaluate, skip_blocks
+from head_circuit_result import is_count
 from interrupts import UndoStack
 from memory_limits import free_bytes, in_batches, in_words
 from model_architecture import Architecture, Layer
@@ -209,7 +210,8 @@ def head_summary(
       al. 2022, "Interpretability in the Wild", section 3), over ``i`` with an earlier copy;
     - ``induction``: the sum of ``A[i, j+1]`` over the same ``j``, ``j + 1 < i`` (the prefix
       matching score of Olsson et al. 2022), over ``i`` for which there is one;
-    - ``no_token``: 1 less the row's sum: what goes to a learned sink instead of a token;
+    - ``no_token``: 1 less the row's sum: what goes to a learned sink instead of a token; 0 where it
+      is no more than the rounding of a row in the model's dtype;
     - ``entropy``: ``-Σ A ln A`` in nats, a learned sink counted as one more token;
     - ``distance``: ``Σ A·(i-j) / Σ A``, the mean over attention rather than tokens.
 
@@ -234,8 +236,8 @@ def head_summary(
         SiteError: a layer that was named, or every layer, has no attention pattern.
         NotEnoughMemoryError: one text alone does not fit (a batch that does not is halved).
     """
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size must be at least 1; came {batch_size}")
+    if batch_size is not None and not is_count(batch_size):
+        raise InputError(f"batch_size must be at least 1; came {batch_size!r}")
     architecture = Architecture(model)
     sites = _request(architecture, layers).sites
     if prompts is None:
@@ -294,6 +296,8 @@ def _encode_all(
     """Token ids of every text, checked; at least one text of two tokens."""
     if isinstance(prompts, str):
         raise InputError(f"prompts is a list of texts; put a single one into a list: [{prompts!r}]")
+    if not isinstance(prompts, Iterable):
+        raise InputError(f"prompts is a list of texts; came {prompts!r}")
     rows = []
     for number, prompt in enumerate(prompts):
         try:
@@ -453,6 +457,7 @@ def _pass(
 
 def _sums(pattern: Tensor, batch: _Batch) -> Tensor:
     """What one pattern ``[text, head, query, key]`` adds to each score, ``[kind, head]``."""
+    rounding = torch.finfo(pattern.dtype).eps / 2
     pattern = pattern.detach().float()
     length = pattern.shape[-1]
     device = pattern.device
@@ -460,7 +465,8 @@ def _sums(pattern: Tensor, batch: _Batch) -> Tensor:
     place = torch.arange(length, device=device, dtype=pattern.dtype)
     first = batch.mask.argmax(dim=1).to(device)
     total = pattern.sum(dim=-1)
-    rest = (1 - total).clamp_(min=0)
+    rest = 1 - total
+    rest = torch.where(rest <= rounding, 0, rest)
     looked_back = total * place - pattern @ place
     over = partial(_over, counted=counted)
     text, query, key = (each.to(device) for each in batch.copies)

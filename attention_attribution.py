@@ -17,6 +17,7 @@ from torch import Tensor
 
 from embedding_pass import EmbeddingPass, Measure, differentiable
 from forward_pass import Site, SiteError, record
+from gradient_scale import GradientScale
 from model_architecture import Architecture
 from module_devices import exact
 
@@ -100,15 +101,16 @@ def gradient_attention(
         SiteError: a block's pattern is over something else than the prompt's tokens.
         ArchitectureError: the model has no gradient.
     """
-    rows = []
+    rows, scale = [], GradientScale(opened.architecture.model)
     with torch.enable_grad(), differentiable(opened.name):
         leaf = opened.embedding.detach()[None].requires_grad_()
-        values = measure(opened.logits(leaf))
+        values = measure(scale.widen(opened.logits(leaf)))
         patterns = [_square(each, opened.length) for each in opened.kept.values()]
         for target, position in enumerate(positions):
             keep = target < len(positions) - 1
             slopes = torch.autograd.grad(values[:, target].sum(), patterns, retain_graph=keep)
-            rows.append(_relevance(patterns, slopes)[position])
+            sized = [scale.undo(slope) for slope in slopes]
+            rows.append(_relevance(patterns, sized)[position])
     return torch.stack(rows).numpy()
 
 

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from attribution_estimates import CORRECTED, CellEstimates
 from attribution_sweep import AttributionSweep
 from forward_pass import ArchitectureError, InputError, Site, SiteError
+from gradient_attribution import NOT_FINITE
 from gradient_check import check_gradient
 from gradient_record import Tape, differentiable, run_plain, run_with_graph
 from logit_metrics import Metric, make_metric, reads_of
@@ -45,7 +46,7 @@ from patching_sweep import patching_sweep
 from prompt_pairs import PromptPair, make_pairs, pair_positions
 from sweep_cells import DEFAULT_AXES, SweepOptions, make_options
 from sweep_result import summarize
-from tokenization import Positions, token_strings
+from tokenization import Positions, resolve_positions, token_strings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -167,6 +168,8 @@ def attribution_sweeps(
         )
         for name in names
     ]  # fmt: skip
+    if isinstance(axes, Mapping) and (other := [name for name in axes if name not in names]):
+        raise InputError(f"axes names {other[0]!r}, which is none of the sites {', '.join(names)}")
     by_position = any("position" in options.axes for options in asked)
     places = pair_positions(pairs, positions, by_position)
     _check_patterns(asked, pairs)
@@ -177,6 +180,8 @@ def attribution_sweeps(
     run = _Attribution(architecture, tokenizer, asked, places, attention_correction, grad_drop)
     run.run(pairs, show_progress)
     found = {options.site: run.result(options, pairs, seed) for options in asked}
+    if not all(np.isfinite(each.values).all() for each in found.values()):
+        warnings.warn(NOT_FINITE, UserWarning, stacklevel=2)
     if not exact:
         return found
     return {
@@ -322,7 +327,9 @@ class _Attribution:
         )
         asked = reads_of(self.asked[0].metric)
         reads = [
-            range(ids.shape[1]) if asked is None else sorted({p % ids.shape[1] for p in asked})
+            range(ids.shape[1])
+            if asked is None
+            else sorted({resolve_positions(p, ids.shape[1])[0] for p in asked})
             for ids in (base_ids, source_ids)
         ]
         source = run_plain(self.architecture, source_ids, sites, reads[1])

@@ -120,7 +120,8 @@ class AttributionSweep(SweepResult):
                 )
         for name in ("clean", "corrupted"):
             mine, theirs = getattr(self, name), getattr(exact, name)
-            if abs(mine - theirs) > 1e-2 * (abs(mine) + abs(theirs)) + 1e-3:
+            both = np.isnan(mine) and np.isnan(theirs)
+            if not both and not abs(mine - theirs) <= 1e-2 * (abs(mine) + abs(theirs)) + 1e-3:
                 raise InputError(
                     f"the two sweeps are of other runs: the metric of the {name} run is "
                     f"{mine:.4g} here, {theirs:.4g} there"
@@ -183,13 +184,17 @@ def _short(value: Any) -> str:
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
     """Pearson correlation of two tables; NaN where one is constant, has NaN, or has one cell."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return float("nan")  # their mean may be off by rounding
     a, b = (table.ravel() - table.mean() for table in (first, second))
     size = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / size if size else float("nan")
 
 
 def _ranks(table: np.ndarray) -> np.ndarray:
-    """Rank of each number, equal ones sharing the mean of theirs."""
+    """Rank of each number, equal ones sharing the mean of theirs; all NaN where there is a NaN."""
+    if np.isnan(table).any():
+        return np.full(table.shape, np.nan)
     _, place, count = np.unique(table, return_inverse=True, return_counts=True)
     ends = np.cumsum(count)
     return (ends - (count - 1) / 2)[place.reshape(table.shape)]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from embedding_pass import Measure
 from forward_pass import InputError
-from logit_metrics import UNITS, make_metric
+from gradient_record import differentiable
+from logit_metrics import UNITS, make_metric, reads_of
 from tokenization import Positions, resolve_positions, token_id, token_strings
 
 if TYPE_CHECKING:
@@ -63,6 +64,34 @@ class Targets:
 
         return Measure(values, slots)
 
+    def followed(self, logits: Tensor, read: Sequence[int], *, one: bool) -> Targets:
+        """The same; a function's position is the one whose logits its gradient comes from.
+
+        Args:
+            logits: The prompt's, ``[1, read, vocab]``.
+            read: Their positions.
+            one: Whether there must be no more than one.
+
+        Raises:
+            InputError: the function has no gradient, or needs more positions than ``one``.
+        """
+        if self.function is None:
+            return self
+        leaf = logits.detach().clone().to(torch.promote_types(logits.dtype, torch.float32))
+        with torch.enable_grad():
+            leaf.requires_grad_()
+            total = differentiable([self.measure(read)], leaf, self.metric).sum()
+        (slope,) = torch.autograd.grad(total, leaf, allow_unused=True, materialize_grads=True)
+        moved = (slope[0] != 0).any(-1).tolist()
+        places = tuple(place for place, moves in zip(read, moved, strict=True) if moves)
+        if one and len(places) > 1:
+            raise InputError(
+                f"gradient-weighted attention is followed back from one position, and the metric "
+                f"{self.metric!r} is made of the logits of {len(places)}: give one that reads a "
+                "single position, or use method='integrated_gradients'"
+            )
+        return replace(self, positions=places) if len(places) == 1 else self
+
 
 @dataclass(frozen=True)
 class Request:
@@ -71,7 +100,8 @@ class Request:
     metric: Any
     """A name out of `METRICS`, or a function."""
     positions: tuple[int, ...]
-    """Of the targets, absolute; one for each of ``ids``, where there are any."""
+    """Of the targets, absolute; one for each of ``ids``, where there are any. Of a function the
+    last one that it may read."""
     ids: tuple[int, ...] | None
     """None: the model's best token at each position."""
     against: tuple[int, ...]
@@ -81,7 +111,10 @@ class Request:
     def read(self) -> tuple[int, ...]:
         """Positions whose logits are needed, ascending."""
         if callable(self.metric):
-            return tuple(range(self.length))
+            asked = reads_of(self.metric)
+            if asked is None:
+                return tuple(range(self.length))
+            return tuple(sorted({resolve_positions(p, self.length)[0] for p in asked}))
         return tuple(sorted(set(self.positions)))
 
     def targets(self, logits: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Targets:
@@ -92,8 +125,9 @@ class Request:
         """
         if callable(self.metric):
             made = make_metric(self.metric, logits, logits)
-            last = (self.length - 1,)
-            return Targets(last, (-1,), (made.name,), made.name, made.unit, (), made.measure)
+            return Targets(
+                self.positions, (-1,), (made.name,), made.name, made.unit, (), made.measure
+            )
         ids = self.ids
         if ids is None:
             rows = [self.read.index(position) for position in self.positions]
@@ -147,7 +181,8 @@ def make_request(
                 "a function of all logits is one target by itself: leave out targets, "
                 "target_positions, against and follow_text"
             )
-        return Request(metric, (length - 1,), None, (), length)
+        asked = Request(metric, (length - 1,), None, (), length)
+        return replace(asked, positions=asked.read[-1:])
     name = _metric_name(metric)
     if follow_text:
         positions, own = _following(ids, targets, chosen)

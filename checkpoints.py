@@ -77,7 +77,7 @@ def read_config(place: str, options: dict[str, Any]) -> Any:
     """The config at a place that `locate` found; ModelLoadError where there is none."""
     try:
         return transformers.AutoConfig.from_pretrained(place, **options)
-    except (OSError, ValueError, KeyError) as err:
+    except Exception as err:  # a config may be damaged in any way
         where = place if Path(place).is_dir() else f"{place} (no folder here, so taken as a hub id)"
         raise ModelLoadError(
             f"cannot read the config of {where}: {_first_line(err)}{_remedy(err)}"
@@ -172,6 +172,7 @@ def read_weights(
 
     Raises:
         ModelLoadError: the weights are not there, or broken.
+        MemoryError: there is too little memory for them.
     """
     import_modeling()
     kind = auto_class(config, head)
@@ -183,8 +184,6 @@ def read_weights(
         loaded: Any = kind.from_pretrained(
             place, config=config, output_loading_info=True, **loading
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as err:
-        raise ModelLoadError(f"cannot load the weights of {place}: {_first_line(err)}") from err
     except SafetensorError as err:
         raise ModelLoadError(
             f"the weights of {place} are broken or truncated: {_first_line(err)}"
@@ -193,6 +192,10 @@ def read_weights(
         raise ModelLoadError(
             f"the weights of {place} are broken: no PyTorch file of plain tensors"
         ) from err
+    except MemoryError:
+        raise
+    except Exception as err:  # so may a file of weights; one that is empty is an EOFError
+        raise ModelLoadError(f"cannot load the weights of {place}: {_first_line(err)}") from err
     model, info = loaded
     return model if device is None else model.to(device), info
 
@@ -212,4 +215,7 @@ def refuse_random_weights(place: str, model: PreTrainedModel, info: dict[str, An
 
 
 def _first_line(err: BaseException) -> str:
-    return str(err).strip().split("\n")[0]
+    """What an error says, with its name where that is but a key or nothing."""
+    text = str(err).strip().split("\n")[0]
+    bare = isinstance(err, KeyError | EOFError) or not text
+    return f"{type(err).__name__} {text}".rstrip() if bare else text

@@ -50,7 +50,7 @@ class WeightChanges:
                 raise InputError(f"{name} must have an entry for each of {count} parameters")
 
     def __repr__(self) -> str:
-        moved = int((self.change > 0).sum())
+        moved = int((self.change != 0).sum())
         return (
             f"WeightChanges({moved} of {len(self.names)} parameters moved, "
             f"relative change {self.total:.3g})"
@@ -58,9 +58,12 @@ class WeightChanges:
 
     @property
     def relative(self) -> np.ndarray:
-        """``[parameter]``: change over norm; infinite where a parameter was 0."""
+        """``[parameter]``: change over norm.
+
+        Infinite where a parameter was 0, NaN where it holds NaN in one of the models.
+        """
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(self.change > 0, self.change / self.norm, 0.0)
+            return np.where(self.change == 0, 0.0, self.change / self.norm)
 
     @property
     def total(self) -> float:
@@ -71,7 +74,8 @@ class WeightChanges:
         """Relative change of each part of each block, its parameters taken together.
 
         Returns:
-            Rows are blocks (and -1: what lies in none), columns parts; NaN where there is none.
+            Rows are blocks (and -1: what lies in none), columns parts; NaN where there is none, or
+            where a parameter holds NaN.
         """
         import pandas as pd
 
@@ -83,7 +87,8 @@ class WeightChanges:
                 "norm": self.norm**2,
             }
         )
-        sums = frame.groupby(["layer", "part"])[["change", "norm"]].sum()
+        groups = frame.groupby(["layer", "part"])[["change", "norm"]]
+        sums = groups.agg(lambda column: column.to_numpy().sum())  # pandas' own sum leaves NaN out
         relative = (sums["change"] / sums["norm"].where(sums["norm"] > 0)) ** 0.5
         table = relative.unstack("part")
         return table[[part for part in PARTS if part in table.columns]]
@@ -120,7 +125,8 @@ class ModelComparison:
     cosine: np.ndarray
     """``[row]``: mean cosine of a token's two activations."""
     cka: np.ndarray
-    """``[row]``: debiased linear CKA, tokens being the rows; NaN for fewer than 4 tokens."""
+    """``[row]``: debiased linear CKA, tokens being the rows; NaN for fewer than 4 tokens, or where
+    these do not vary."""
     lens_kl: np.ndarray
     """``[row]``: mean KL(first ‖ second), nats, each model's stream through its own final norm and
     head; the last row is that of the models' predictions. NaN without heads."""

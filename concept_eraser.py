@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from activation_extraction import extract_batch
-from activation_rows import ActivationRows, knows_layers, rows_of
+from activation_rows import ActivationRows, knows_layers, rows_of, varies
 from array_files import built, open_arrays, write_arrays
 from direction_finding import check_examples
 from extraction_request import make_request
@@ -190,7 +191,7 @@ def fit_eraser(
 def _check_method(method: str, shrinkage: float) -> None:
     if method not in METHODS:
         raise InputError(f"method is one of {', '.join(METHODS)}; came {method!r}")
-    if not 0 <= shrinkage <= 1:
+    if not isinstance(shrinkage, Real) or not 0 <= shrinkage <= 1:
         raise InputError(f"shrinkage must lie in 0..1; came {shrinkage!r}")
 
 
@@ -209,6 +210,8 @@ def _fit(
     shrinkage: float,
 ) -> ConceptEraser:
     """The eraser fitted to some examples of one layer."""
+    if not varies(rows.values[chosen, place]):
+        raise InputError("these activations differ by rounding alone: nothing to erase")
     x = torch.from_numpy(rows.values[chosen, place].astype(np.float64))
     labels = plan.labels[chosen]
     z = np.eye(len(plan.classes))[labels] if plan.classes else labels[:, None]

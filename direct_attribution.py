@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from forward_pass import InputError, Site, SiteError
+from head_circuits import token_ids_of
 from logit_attribution import LogitAttribution
 from logit_split import LogitSplit
 from logit_tail import find_tail, require_one_stream
@@ -42,7 +43,6 @@ from tokenization import (
     check_ids,
     encode,
     resolve_positions,
-    token_id,
     token_strings,
 )
 
@@ -62,7 +62,7 @@ def logit_attribution(
     against: Tokens = None,
     positions: Positions = -1,
     *,
-    neurons: bool | Sequence[Layer] = False,
+    neurons: bool | Sequence[Layer] | Layer = False,
     following: bool = False,
 ) -> LogitAttribution:
     """Split logits, or differences of two, over the parts of the model, in one forward pass.
@@ -75,7 +75,8 @@ def logit_attribution(
             each position.
         against: A token whose logit is taken off, or one for each of ``tokens``.
         positions: After which tokens: an index, a list, a slice, or None for all.
-        neurons: Split every MLP that ends in one matrix into its neurons, or those of these blocks.
+        neurons: Split every MLP that ends in one matrix into its neurons, or those of these blocks
+            (one or several, in any spelling).
         following: Instead of ``tokens``, at each position the token that does follow in the prompt.
 
     Returns:
@@ -193,23 +194,24 @@ def _token_ids(
 ) -> list[int] | None:
     if tokens is None:
         return None
-    single = isinstance(tokens, str) or hasattr(tokens, "__index__")
-    several: Any = [tokens] if single else list(tokens)  # type: ignore[arg-type]
-    if not several:
-        raise InputError(f"there is no token in {name}=[]; None is {_NONE[name]}")
-    return [token_id(tokenizer, each, architecture.config) for each in several]
+    empty = f"there is no token in {name}=[]; None is {_NONE[name]}"
+    return token_ids_of(architecture, tokenizer, tokens, empty)
 
 
 _NONE = {"tokens": "the model's best token", "against": "no comparison"}
 
 
-def _layers_with_neurons(architecture: Architecture, neurons: bool | Sequence[Layer]) -> set[int]:
+def _layers_with_neurons(
+    architecture: Architecture, neurons: bool | Sequence[Layer] | Layer
+) -> set[int]:
     """Blocks whose MLP is split into neurons."""
     every = range(architecture.n_layers)
     if isinstance(neurons, bool):
         asked = list(every) if neurons else []
     else:
-        asked = [architecture.resolve(layer) for layer in neurons]
+        one = isinstance(neurons, str) or not hasattr(neurons, "__len__")
+        several: Any = [neurons] if one else neurons
+        asked = [architecture.resolve(layer) for layer in several]
     missing = {n: architecture.missing(Site("mlp_neurons", n)) for n in asked}
     first = next((why for why in missing.values() if why), None)
     if first and (neurons is not True or all(missing.values())):

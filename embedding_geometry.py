@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from activation_rows import EACH, read_rows, rows_of
+from activation_rows import EACH, read_rows, rows_of, varies
 from array_files import built, open_arrays, write_arrays
 from forward_pass import ArchitectureError, InputError
+from head_circuit_result import is_count
+from head_circuits import token_ids_of
 from model_architecture import Architecture, Layer
 from model_inspection import weight_of
 from steering_direction import Direction
-from tokenization import Prompt, token_id, token_strings
+from tokenization import Prompt, as_ids, token_strings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -176,13 +178,11 @@ def nearest_tokens(
     """
     weight = embedding_matrix(model, matrix)
     wanted = _vectors(vectors, weight.shape[1])
-    left_out = sorted(set(exclude))
-    if left_out and not 0 <= left_out[0] <= left_out[-1] < len(weight):
-        raise InputError(f"exclude holds token ids, 0..{len(weight) - 1}; came {left_out}")
+    left_out = _left_out(exclude, len(weight))
     if metric not in ("cosine", "dot"):
         raise InputError(f"metric is 'cosine' or 'dot'; came {metric!r}")
-    if not 1 <= k <= len(weight) - len(left_out):
-        raise InputError(f"k must lie in 1..{len(weight) - len(left_out)}; came {k}")
+    if not is_count(k, len(weight) - len(left_out)):
+        raise InputError(f"k must lie in 1..{len(weight) - len(left_out)}; came {k!r}")
     if metric == "cosine" and not bool(wanted.norm(dim=1).all()):
         raise InputError("a vector of zeros has no nearest token by cosine")
     scores, ids = _best(weight, wanted, k, metric, left_out)
@@ -193,8 +193,23 @@ def nearest_tokens(
     return NearestTokens(ids, scores, tuple(texts), tuple(names), metric, matrix)
 
 
+def _left_out(exclude: Any, size: int) -> list[int]:
+    """Token ids in order, each once."""
+    try:
+        found = sorted(set(as_ids([] if isinstance(exclude, str) else list(exclude))))
+        known = not isinstance(exclude, str) and all(0 <= token < size for token in found)
+    except (InputError, TypeError):
+        known = False
+    if not known:
+        raise InputError(f"exclude holds token ids, 0..{size - 1}; came {exclude!r:.60}")
+    return found
+
+
 def _vectors(vectors: Any, width: int) -> Tensor:
-    given = vectors.vector if isinstance(vectors, Direction) else torch.as_tensor(vectors)
+    try:
+        given = vectors.vector if isinstance(vectors, Direction) else torch.as_tensor(vectors)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"vectors are [d] or [vector, d]; came {vectors!r:.60}") from None
     found = given.detach().float()
     found = found[None] if found.dim() == 1 else found
     if found.dim() != 2 or found.shape[1] != width or not len(found):
@@ -258,15 +273,10 @@ def token_neighbors(
         InputError: something is not one token, or an argument is not known.
         ArchitectureError: the model has no such matrix.
     """
-    single = isinstance(tokens, str) or hasattr(tokens, "__index__")
-    asked: list[Any] = [tokens] if single else list(tokens)  # type: ignore[arg-type]
-    if not asked:
-        raise InputError("give at least one token")
-    config = Architecture(model).config
-    own = [token_id(tokenizer, token, config) for token in asked]
+    own = token_ids_of(Architecture(model), tokenizer, tokens)
     weight = embedding_matrix(model, matrix)
-    if not 1 <= k < len(weight):
-        raise InputError(f"k must lie in 1..{len(weight) - 1}; came {k}")
+    if not is_count(k, len(weight) - 1):
+        raise InputError(f"k must lie in 1..{len(weight) - 1}; came {k!r}")
     found = nearest_tokens(
         model, tokenizer, weight[own], k + 1, metric=metric, matrix=matrix,
         labels=token_strings(tokenizer, own),
@@ -297,9 +307,10 @@ class GeometryResult:
     they all point one way."""
     participation_ratio: np.ndarray
     """``[layer]``: (Σλ)² / Σλ², λ the variances along principal components: how many dimensions
-    the variance is spread over, 1 to the width."""
+    the variance is spread over, 1 to the width; NaN where there is none (`activation_rows.varies`).
+    """
     first_component: np.ndarray
-    """``[layer]``: share of the variance along the first principal component."""
+    """``[layer]``: share of the variance along the first principal component; NaN likewise."""
     mean_norm: np.ndarray
     """``[layer]``: mean length of the vectors."""
     layers: tuple[str, ...]
@@ -421,7 +432,7 @@ def _geometry(
 
 def _measures(x: np.ndarray) -> tuple[float, float, float, float]:
     """The four measures of ``[row, feature]``."""
-    centred = x - x.mean(0)
+    centred = x - x.mean(0) if varies(x.astype(np.float32)) else np.zeros_like(x)
     table = centred.T @ centred if len(x) > x.shape[1] else centred @ centred.T
     variances = np.linalg.eigvalsh(table).clip(0)[::-1]
     total = variances.sum()

@@ -31,9 +31,11 @@ from forward_pass import (
     evaluate,
     recording,
 )
+from gradient_scale import GradientScale
 from interrupts import UndoStack
 from memory_limits import free_bytes, in_words, is_out_of_memory
 from model_architecture import Architecture
+from model_lock import hold
 from module_devices import exact
 
 LIKED_TOKENS = {"cpu": 2**10}
@@ -176,22 +178,29 @@ class EmbeddingPass:
         Args:
             points: Embeddings ``[row, position, d]``.
             measure: The targets.
-            take: Is given each target's number and its gradient ``[row, position, d]``.
+            take: Is given each target's number and its gradient ``[row, position, d]``, float32
+                where the model computes in float16.
 
         Raises:
             ArchitectureError: the model has no gradient.
         """
+        scale = GradientScale(self.architecture.model, by_position=measure.slots is not None)
         try:
             with torch.enable_grad(), differentiable(self.name):
                 leaf = points.detach().requires_grad_()
-                values = measure(self.logits(leaf))
-                self._pull_back(values, measure, leaf, take)
+                values = measure(scale.widen(self.logits(leaf)))
+                self._pull_back(values, measure, leaf, scale, take)
         finally:  # a batch that is tried again must not find the memory of this one taken
             self._given = None
             self._entered.clear()
 
     def _pull_back(
-        self, values: Tensor, measure: Measure, leaf: Tensor, take: Callable[[int, Tensor], None]
+        self,
+        values: Tensor,
+        measure: Measure,
+        leaf: Tensor,
+        scale: GradientScale,
+        take: Callable[[int, Tensor], None],
     ) -> None:
         hidden = self._before_head()
         groups = measure.rounds()
@@ -205,7 +214,7 @@ class EmbeddingPass:
                 seed = None if behind is None else _own_part(behind, measure.slots, number)
                 keep = number != groups[-1][-1]
                 (found,) = torch.autograd.grad(output, leaf, seed, retain_graph=keep)
-                take(number, found)
+                take(number, scale.undo(found, measure.slots[number] if measure.slots else 0))
 
 
 def _own_part(behind: Tensor, slots: tuple[int, ...] | None, number: int) -> Tensor:
@@ -325,7 +334,9 @@ def differentiable(name: str) -> Iterator[None]:
 def token_embeddings(architecture: Architecture, ids: Sequence[int]) -> Tensor:
     """What the embedding gives for some tokens by themselves, ``[token, d]``."""
     given = torch.tensor([list(ids)], device=architecture.input_device)
-    return _lookup(architecture)(given)[0].detach().clone()
+    with UndoStack() as stack:
+        hold(stack, architecture.model)  # another thread's pass exchanges what is looked up
+        return _lookup(architecture)(given)[0].detach().clone()
 
 
 def mean_embedding(architecture: Architecture) -> Tensor:

@@ -28,7 +28,10 @@ CHUNK_ENTRIES = 2**24
 
 
 class SingularVectors(NamedTuple):
-    """``left @ diag(values) @ right``: the thin singular value decomposition."""
+    """``left @ diag(values) @ right``: the thin singular value decomposition.
+
+    There are r values, or as many as the matrix has rows or columns where these are fewer.
+    """
 
     left: Tensor
     """``[…, m, r]``, orthonormal columns."""

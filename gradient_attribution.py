@@ -23,6 +23,7 @@ forward pass. The gradient methods first make sure, once per model, that its gra
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -102,6 +103,13 @@ WARN_AT = 0.05
 """Relative completeness error of integrated gradients from which on they are warned of."""
 
 
+NOT_FINITE = (
+    "some scores are no finite numbers: the model or the metric overflows; load the model in "
+    "bfloat16 or float32"
+)
+"""What is said of an attribution that holds NaN or infinite numbers."""
+
+
 class CompletenessWarning(UserWarning):
     """Integrated gradients do not add up to what they should."""
 
@@ -152,9 +160,11 @@ def attribute_tokens(
         method: See the table at the head of this module.
         targets: Which token is predicted, by text or id: one for all positions, one for each
             position, or several for one position; None is the model's own best at each.
-        target_positions: After which positions; ``-1`` is the last, ``"all"`` every one.
+        target_positions: After which positions; ``-1`` is the last, ``"all"`` every one. A function
+            says itself which it reads.
         metric: ``"logit"``, ``"log_prob"``, ``"prob"``, ``"logit_diff"``, or a function of logits
-            ``[1, position, vocab]`` that returns a number (one target by itself).
+            ``[1, position, vocab]`` that returns a number (one target by itself), or a
+            `logit_metrics.Metric`.
         against: For ``logit_diff``, the other token; one for all targets, or one for each.
         follow_text: The targets are the tokens that follow each position in the prompt itself.
         baseline: What tokens are compared with: ``"zero"``, ``"mean"`` of the vocabulary's
@@ -172,7 +182,8 @@ def attribute_tokens(
 
     Returns:
         Scores ``[target, position]``; ``completeness_error`` says how far they add up. Integrated
-        gradients that miss by more than `WARN_AT` come with a `CompletenessWarning`.
+        gradients that miss by more than `WARN_AT` come with a `CompletenessWarning`, scores that
+        are no finite numbers with a UserWarning.
 
     Raises:
         InputError: the prompt, a target, or an option cannot be used, or the method ignores it.
@@ -201,6 +212,8 @@ def attribute_tokens(
     sites = pattern_sites(arch, "gradient-weighted attention") if _by_attention(options) else []
     with embedding_pass(arch, ids, request.read, sites) as opened:
         found = request.targets(opened.base, tokenizer)
+        if options.method != "occlusion":
+            found = found.followed(opened.base, opened.read, one=_by_attention(options))
         measure = found.measure(opened.read)
         with tqdm(desc=options.method, unit="step", disable=hidden) as bar:
             scores, dims = _run(opened, measure, found, options, start, bar.update)
@@ -223,7 +236,9 @@ def attribute_tokens(
         steps=_steps(options),
         per_dimension=None if dims is None else dims.astype(np.float32),
     )
-    if options.method == "integrated_gradients":
+    if not np.isfinite(result.scores).all():
+        warnings.warn(NOT_FINITE, UserWarning, stacklevel=2)
+    elif options.method == "integrated_gradients":
         _warn_of_error(result)
     return result
 
@@ -255,7 +270,9 @@ def _checked_options(method: str, **given: Any) -> _Options:
     if word not in METHODS:
         raise InputError(f"no method {method!r}; methods are {', '.join(METHODS)}")
     asked = {
-        name: value for name, value in given.items() if value is not None and value is not False
+        name: value
+        for name, value in given.items()
+        if value is not None and not (name == "per_dimension" and value is False)
     }
     for name in asked:
         if name not in METHODS[word]:
@@ -267,8 +284,11 @@ def _checked_options(method: str, **given: Any) -> _Options:
         whole = isinstance(number, int) and not isinstance(number, bool)
         if number is not None and not (whole and number >= 1):
             raise InputError(f"{name} must be a whole number of at least 1; came {number!r}")
-    if not options.noise > 0:
-        raise InputError(f"noise must be above 0; came {options.noise!r}")
+    noise, seed = options.noise, options.seed
+    if not isinstance(noise, int | float) or isinstance(noise, bool) or not 0 < noise < math.inf:
+        raise InputError(f"noise must be above 0, and finite; came {noise!r}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise InputError(f"seed must be a whole number of at least 0; came {seed!r}")
     return options
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from embedding_pass import EmbeddingPass, Measure, differentiable, embedding_pass
 from forward_pass import ArchitectureError, Hook, Tap, attached, read_hidden
+from gradient_scale import autocast_dtype
 from model_architecture import Architecture
 from module_devices import exact
 from module_taps import Turn, hook_in_turn
@@ -44,13 +45,16 @@ ALLOWED = 0.03
 ASIDE = 0.3
 """How far the embeddings move, against their own length, to see what depends on them."""
 
-_CHECKED: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()
+_CHECKED: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
 
 def check_gradient(
     architecture: Architecture, instead: str = "method='occlusion' needs no gradient"
 ) -> None:
-    """Compare a model's gradient with its slope on a few tokens, once per model.
+    """Compare a model's gradient with its slope on a few tokens, once for a model as it is.
+
+    A module, a hook, a dtype or an implementation of attention that was exchanged since, or
+    autocast that was switched, is another model.
 
     Args:
         architecture: The model, with a head.
@@ -60,11 +64,10 @@ def check_gradient(
         ArchitectureError: the model has no gradient, or one that is not its slope.
     """
     model = architecture.model
-    kind = getattr(architecture.config, "_attn_implementation", None), model.dtype
-    fingerprint = hash((kind, *(id(module) for module in model.modules())))
+    state = _state(architecture)
     known = _CHECKED.get(model)
-    if known is None or known[0] != fingerprint:
-        known = (fingerprint, _fault(architecture))
+    if known is None or known[0] != state:
+        known = (state, _fault(architecture))
         _CHECKED[model] = known
     if known[1]:
         raise ArchitectureError(
@@ -74,13 +77,25 @@ def check_gradient(
         )
 
 
+def _state(architecture: Architecture) -> Any:
+    """What a verdict belongs to; equal as long as nothing was exchanged."""
+    modules = list(architecture.model.modules())
+    hooks = [key for m in modules for key in (*m._forward_pre_hooks, *m._forward_hooks)]
+    kind = getattr(architecture.config, "_attn_implementation", None)
+    return kind, architecture.model.dtype, _autocast(architecture), hooks, [*map(ref, modules)]
+
+
+def _autocast(architecture: Architecture) -> torch.dtype | None:
+    return autocast_dtype(architecture.input_device.type)
+
+
 def _fault(architecture: Architecture) -> str:
     """What is wrong with a model's gradient, in words; "" where nothing is."""
     cut = cut_modules(architecture)
     if cut:
         names = ", ".join(cut[:3]) + (f" and {len(cut) - 3} more" if len(cut) > 3 else "")
         return f"autograd does not see through {names}"
-    if torch.finfo(architecture.model.dtype).bits < 32:
+    if torch.finfo(architecture.model.dtype).bits < 32 or _autocast(architecture):
         return ""
     apart = slope_difference(architecture)
     return "" if apart <= ALLOWED else f"they differ by {apart:.0%} on a probe"

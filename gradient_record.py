@@ -22,6 +22,7 @@ from torch import Tensor
 from base_run import logits_at, read_only
 from embedding_pass import freeze
 from forward_pass import Hook, InputError, Recording, Site, edit, evaluate, recording
+from gradient_scale import GradientScale
 from interrupts import UndoStack
 from model_architecture import Architecture
 
@@ -66,8 +67,9 @@ class Tape:
     values: dict[Site, Tensor]
     """What each site produced, axes as in `forward_pass.SITES`; part of the graph."""
     logits: Tensor
-    """``[row, read, vocab]``; part of the graph."""
+    """``[row, read, vocab]``, of at least float32; part of the graph."""
     _dropped: list[int]
+    _scale: GradientScale
 
     def gradients(
         self, total: Tensor, *, drop: int | None = None, keep: bool = False
@@ -81,7 +83,8 @@ class Tape:
             keep: Whether the graph is needed again.
 
         Returns:
-            Like ``values``; zeros where the number does not depend on a site.
+            Like ``values`` (float32 where the model is float16); zeros where the number does not
+            depend on a site.
         """
         sites = list(self.values)
         self._dropped[:] = [] if drop is None else [drop]
@@ -92,7 +95,7 @@ class Tape:
             )  # fmt: skip
         finally:
             self._dropped.clear()
-        return dict(zip(sites, slopes, strict=True))
+        return dict(zip(sites, map(self._scale.undo, slopes), strict=True))
 
 
 def run_with_graph(
@@ -119,6 +122,7 @@ def run_with_graph(
     """
     first = min((site.layer for site in sites), default=0)
     dropped: list[int] = []
+    scale = GradientScale(architecture.model)
     edits: list[tuple[Site, Hook]] = [(Site("resid_pre", first), _begin_graph)]
     edits += [(site, _put(value)) for site, value in (replace or {}).items()]
     if droppable:
@@ -131,8 +135,8 @@ def run_with_graph(
         freeze(stack, architecture.model)
         kept = stack.enter_context(recording(architecture, sites, detach=False))
         stack.enter_context(edit(architecture, edits))
-        logits = _logits(stack, architecture, ids.clone(), read)
-    return Tape(dict(kept), logits, dropped)
+        logits = scale.widen(_logits(stack, architecture, ids.clone(), read))
+    return Tape(dict(kept), logits, dropped, scale)
 
 
 def _begin_graph(value: Tensor) -> Tensor:

@@ -80,6 +80,21 @@ def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
     return table
 
 
+def check_count(k: Any, what: str) -> None:
+    """Refuse a number of rows that is none.
+
+    Raises:
+        InputError: ``k`` is no integer, or below 1.
+    """
+    if not is_count(k):
+        raise InputError(f"the number of {what} must be at least 1; came {k!r}")
+
+
+def is_count(k: Any, most: float = np.inf) -> bool:
+    """Whether a number is an integer, of any library, from 1 to ``most``."""
+    return not isinstance(k, bool) and hasattr(k, "__index__") and 1 <= k <= most
+
+
 def head_place(head: str, layers: Sequence[int], heads: int) -> tuple[int, int]:
     """Row and column of a head (``"4.2"``) in a table of layer × head.
 
@@ -129,7 +144,12 @@ class HeadScores(Kept):
         return pd.DataFrame(columns).dropna(subset="value").reset_index(drop=True)
 
     def top(self, k: int = 10) -> pd.DataFrame:
-        """The ``k`` heads with the largest numbers: rows of `to_frame`."""
+        """The ``k`` heads with the largest numbers: rows of `to_frame`.
+
+        Raises:
+            InputError: ``k`` is below 1.
+        """
+        check_count(k, "heads")
         frame = self.to_frame().sort_values("value", ascending=False, kind="stable")
         return frame.head(k).reset_index(drop=True)
 
@@ -182,13 +202,16 @@ class CompositionScores(Kept):
         Raises:
             InputError: there is no such kind, or no such head.
         """
-        if kind not in self.kinds:
-            raise InputError(f"no composition {kind!r}; there are {', '.join(self.kinds)}")
+        self._require(kind)
         values = self.values[self.kinds.index(kind)]
         if reader is None:
             return values
         row, head = head_place(reader, self.layers, self.values.shape[2])
         return values[:, :, row, head]
+
+    def _require(self, kind: str) -> None:
+        if kind not in self.kinds:
+            raise InputError(f"no composition {kind!r}; there are {', '.join(self.kinds)}")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per kind and pair: ``kind, writer, reader, value, above_chance``."""
@@ -205,9 +228,15 @@ class CompositionScores(Kept):
         return pd.DataFrame(columns)
 
     def top(self, k: int = 10, kind: str | None = None) -> pd.DataFrame:
-        """The ``k`` pairs with the largest scores, of one kind or of all: rows of `to_frame`."""
+        """The ``k`` pairs with the largest scores, of one kind or of all: rows of `to_frame`.
+
+        Raises:
+            InputError: there is no such kind, or ``k`` is below 1.
+        """
+        check_count(k, "pairs")
         frame = self.to_frame()
         if kind is not None:
+            self._require(kind)
             frame = frame[frame["kind"] == kind]
         frame = frame.sort_values("value", ascending=False, kind="stable")
         return frame.head(k).reset_index(drop=True)

@@ -34,6 +34,7 @@ from head_circuit_result import (
     CompositionScores,
     HeadDirections,
     HeadScores,
+    is_count,
     padded,
 )
 from head_weights import HeadWeights, all_head_weights, each_head_weights, head_weights
@@ -201,12 +202,12 @@ def composition_scores(
         fold_norm: Put the gain of the norm before attention into the reading head.
 
     Raises:
-        InputError: there is no such kind, or there are fewer than two blocks.
+        InputError: there is no such kind, one is named twice, or there are fewer than two blocks.
         LayerError: there is no such block.
         SiteError: weights could not be proven.
     """
-    asked = tuple(kinds)
-    if not asked or not set(asked) <= set(KINDS):
+    asked = tuple(kinds) if isinstance(kinds, Sequence) else ()
+    if not asked or not set(asked) <= set(KINDS) or len(set(asked)) < len(asked):
         raise InputError(f"compositions are 'q', 'k' and 'v'; came {kinds!r}")
     found = sorted(
         all_head_weights(architecture, layers, fold_norm=fold_norm), key=lambda w: w.layer
@@ -249,6 +250,9 @@ def _ratios(written: Tensor, taken: Tensor) -> np.ndarray:
 # --- Tokens and directions ------------------------------------------------------------------------
 
 
+_EMPTY = "there is no token in an empty list; None means the whole vocabulary"
+
+
 def circuit_tokens(
     architecture: Architecture,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -286,11 +290,11 @@ def circuit_tokens(
     layer, index = _head(architecture, head)
     starts = embedding(architecture)
     ends = unembedding(architecture) if circuit == "ov" else starts
-    if not 1 <= k <= len(ends):
-        raise InputError(f"k is 1 to {len(ends)} tokens; came {k}")
+    if not is_count(k, len(ends)):
+        raise InputError(f"k is 1 to {len(ends)} tokens; came {k!r}")
     asked = None
     if tokens is not None:
-        ids = token_ids_of(architecture, tokenizer, tokens, "the whole vocabulary")
+        ids = token_ids_of(architecture, tokenizer, tokens, _EMPTY)
         asked = torch.tensor(ids)
     product = _circuit(architecture, layer, index, circuit, fold_norm)
     rows = starts if asked is None else starts[asked.to(starts.device)]
@@ -340,24 +344,24 @@ def _head(architecture: Architecture, head: Any) -> tuple[int, int]:
 def token_ids_of(
     architecture: Architecture,
     tokenizer: PreTrainedTokenizerBase | None,
-    tokens: Sequence[str | int] | str | int,
-    default: str,
+    tokens: Any,
+    empty: str = "give at least one token",
 ) -> list[int]:
     """Ids of one token or several, each a text of one token or an id.
 
     Args:
         architecture: The model.
         tokenizer: For texts.
-        tokens: What was asked for.
-        default: What None would mean, for messages.
+        tokens: Text or an id (of any library), or several in a list, a tensor or an array.
+        empty: What to say of an empty list.
 
     Raises:
         InputError: one is no single token, or there is none.
     """
-    one = isinstance(tokens, str) or not isinstance(tokens, Sequence | Tensor | np.ndarray)
-    several: Any = [tokens] if one else tokens
+    row = isinstance(tokens, Sequence) or (isinstance(tokens, Tensor | np.ndarray) and tokens.ndim)
+    several: Any = [tokens] if isinstance(tokens, str) or not row else tokens
     if not len(several):
-        raise InputError(f"there is no token in an empty list; None means {default}")
+        raise InputError(empty)
     return [token_id(tokenizer, each, architecture.config) for each in several]
 
 
@@ -390,7 +394,7 @@ def head_directions(
         tokenizer: Its tokenizer; None shows ids.
         head: ``"4.2"`` or ``(4, 2)``.
         circuit: ``"ov"`` or ``"qk"`` (read is then the query's side, written the key's).
-        directions: How many, at most d_head.
+        directions: How many, at most d_head (or d_model, if that is less).
         k: Tokens of each.
         fold_norm: Put the gains of the norm before attention (and of the final norm) in.
 
@@ -406,9 +410,10 @@ def head_directions(
     ends = unembedding(architecture) if circuit == "ov" else starts
     product = head_weights(architecture, layer, fold_norm=fold_norm)
     matrix = product.ov(index) if circuit == "ov" else product.qk(index)
-    if not 1 <= directions <= matrix.rank or not 1 <= k <= len(ends):
+    most = min(matrix.rank, *matrix.shape)
+    if not is_count(directions, most) or not is_count(k, len(ends)):
         raise InputError(
-            f"directions is 1 to {matrix.rank} and k 1 to {len(ends)}; came {directions} and {k}"
+            f"directions is 1 to {most} and k 1 to {len(ends)}; came {directions!r} and {k!r}"
         )
     found = matrix.svd()
     read, written = found.left.mT[:directions], found.right[:directions]

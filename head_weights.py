@@ -156,11 +156,11 @@ class HeadWeights:
     def _index(self, head: int | None) -> list[int]:
         if head is None:
             return list(range(self.n_heads))
-        if not -self.n_heads <= head < self.n_heads:
+        if isinstance(head, bool) or head not in range(-self.n_heads, self.n_heads):
             raise InputError(
-                f"layer {self.layer} has {self.n_heads} heads, 0..{self.n_heads - 1}; came {head}"
+                f"layer {self.layer} has {self.n_heads} heads, 0..{self.n_heads - 1}; came {head!r}"
             )
-        return [head % self.n_heads]
+        return [int(head) % self.n_heads]
 
     def to_frame(self) -> pd.DataFrame:
         """One row per head.

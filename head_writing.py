@@ -33,7 +33,7 @@ from forward_pass import (
     recording,
     take_positions,
 )
-from head_circuit_result import padded
+from head_circuit_result import is_count, padded
 from head_circuits import texts_of, through_vocabulary, token_ids_of, unembedding
 from head_weights import OutputWeights, layers_with_heads, output_weights
 from head_writing_result import HeadWrites, WeightedPatterns
@@ -179,18 +179,24 @@ def head_writes(
     """
     ids = encode(tokenizer, prompt)
     check_ids(ids, architecture.config)
-    (place,) = resolve_positions(position, len(ids))
+    asked_at = resolve_positions(position, len(ids))
+    if len(asked_at) != 1:
+        raise InputError(
+            f"heads are read at one position; position={position!r} is {len(asked_at)}"
+        )
+    place = asked_at[0]
     chosen = layers_with_heads(architecture, layers)
     matrix = unembedding(architecture)
-    if not 1 <= k <= len(matrix):
-        raise InputError(f"k is 1 to {len(matrix)} tokens; came {k}")
+    if not is_count(k, len(matrix)):
+        raise InputError(f"k is 1 to {len(matrix)} tokens; came {k!r}")
     for layer in chosen:
         why = architecture.missing(Site("attn_out", layer))
         if why:
             raise SiteError(why)
     asked = None
     if targets is not None:
-        asked = token_ids_of(architecture, tokenizer, targets, "the model's best token")
+        empty = "there is no token in an empty list; None means the model's best token"
+        asked = token_ids_of(architecture, tokenizer, targets, empty)
     weights = output_weights(architecture, chosen)
     norms = _norms(architecture, weights)
     point = _read_point(architecture, ids, place, chosen, list(norms))

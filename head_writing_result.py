@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from head_circuit_result import Kept, head_place
+from forward_pass import InputError
+from head_circuit_result import Kept, check_count, head_place
 from token_labels import can_draw, readable_token
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class WeightedPatterns(Kept):
     def weighted(self) -> np.ndarray:
         """``[layer, head, query, key]``: the length of what each head takes from each token.
 
-        In the stream's unit; a gate or norm behind attention is not in it.
+        A gate, a norm, or a multiplier behind attention is not in it; without these, it is the
+        length of what is added to the stream.
         """
         return self.patterns * self.lengths[:, :, None]
 
@@ -144,7 +146,12 @@ class HeadWrites(Kept):
         return pd.DataFrame(columns)
 
     def top(self, k: int = 10) -> pd.DataFrame:
-        """The ``k`` rows of `to_frame` with the largest values, whichever their sign."""
+        """The ``k`` rows of `to_frame` with the largest values, whichever their sign.
+
+        Raises:
+            InputError: ``k`` is below 1.
+        """
+        check_count(k, "rows")
         frame = self.to_frame()
         order = frame["value"].abs().sort_values(ascending=False, kind="stable").index
         return frame.loc[order[:k]].reset_index(drop=True)
@@ -155,9 +162,15 @@ class HeadWrites(Kept):
         Args:
             target: Which of ``targets``.
             **options: For `heat_maps.plot_heatmap`.
+
+        Raises:
+            InputError: there is no such target.
         """
         from heat_maps import plot_head_grid
 
+        count = len(self.targets)
+        if isinstance(target, bool) or target not in range(-count, count):
+            raise InputError(f"target is 0..{count - 1}; came {target!r}")
         what = "direct effect on the logit" + (" before its cap" if self.before_cap else "")
         chosen: dict[str, Any] = {
             "name": what,

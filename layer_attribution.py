@@ -43,9 +43,10 @@ from embedding_pass import (
     token_embeddings,
 )
 from forward_pass import Hook, InputError, Site, SiteError, edit
-from gradient_attribution import WARN_AT, CompletenessWarning
+from gradient_attribution import NOT_FINITE, WARN_AT, CompletenessWarning
 from gradient_check import check_gradient
 from gradient_record import differentiable
+from gradient_scale import GradientScale
 from intervention_handler import by_token, token_shape
 from layer_attribution_result import METHODS, LayerAttribution
 from logit_metrics import Metric, make_metric, reads_of
@@ -53,7 +54,7 @@ from memory_limits import in_batches
 from model_architecture import Architecture, Layer
 from module_devices import exact
 from sweep_cells import DEFAULT_AXES
-from tokenization import Prompt, check_ids, encode, token_strings
+from tokenization import Prompt, check_ids, encode, resolve_positions, token_strings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -118,6 +119,8 @@ def layer_attribution(
         NotEnoughMemoryError: a single point does not fit into memory.
     """
     _check_options(site, method, n_steps, rule, batch_size, metric)
+    if baseline_prompt is not None and not (isinstance(baseline, str) and baseline == "mean"):
+        raise InputError("baseline and baseline_prompt are two ways to say one thing: give one")
     arch = Architecture(model)
     arch.require_head("layer attribution")
     ids = encode(tokenizer, prompt)
@@ -127,7 +130,9 @@ def layer_attribution(
     if check_gradients:
         check_gradient(arch, "ablate and patching_sweep need none")
     asked = reads_of(metric)
-    read = range(len(ids)) if asked is None else sorted({p % len(ids) for p in asked})
+    read: Sequence[int] = range(len(ids))
+    if asked is not None:
+        read = sorted({resolve_positions(p, len(ids))[0] for p in asked})
     hidden = not show_progress or not sys.stderr.isatty()
     by_layer = method == "integrated_gradients"
     total = (n_steps + (method == "conductance")) * (len(sites) if by_layer else 1)
@@ -178,6 +183,8 @@ def _check_options(
         raise SiteError(f"no site {site!r} to attribute to; sites are {', '.join(DEFAULT_AXES)}")
     if rule not in RULES:
         raise InputError(f"rule is 'trapezoid' or 'left'; came {rule!r}")
+    if rule != RULES[0] and method != "conductance":
+        raise InputError(f"rule belongs to conductance; the method is {method!r}")
     for name, number in (("n_steps", n_steps), ("batch_size", batch_size)):
         whole = isinstance(number, int) and not isinstance(number, bool) and number >= 1
         if not whole and not (name == "batch_size" and number is None):
@@ -228,6 +235,9 @@ def _start(
 
 
 def _warn_of_error(result: LayerAttribution) -> None:
+    if not np.isfinite(result.values).all():
+        warnings.warn(NOT_FINITE, UserWarning, stacklevel=3)
+        return
     size = np.maximum(np.abs(result.expected), 1e-3 * (abs(result.value) + 1e-9))
     missed = np.abs(result.completeness_error) / size
     worst = float(np.nanmax(missed, initial=0.0))
@@ -275,16 +285,17 @@ class _Path:
         self, embeddings: Tensor, sites: Sequence[Site]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Activations and gradients of some points, ``[point, …]`` each."""
+        scale = GradientScale(self.opened.architecture.model)
         with torch.enable_grad():
             leaf = embeddings.detach().requires_grad_()
-            logits = self.opened.logits(leaf)
+            logits = scale.widen(self.opened.logits(leaf))
             values = differentiable([self.metric] * len(leaf), logits, self.metric.name)
             kept = [self.opened.kept[site] for site in sites]
             slopes = torch.autograd.grad(
                 values.sum(), kept, allow_unused=True, materialize_grads=True
             )
         self.opened.kept.clear()
-        return [value.detach() for value in kept], list(slopes)
+        return [value.detach() for value in kept], [scale.undo(slope) for slope in slopes]
 
     def batches(
         self, count: int, run: Callable[[Sequence[int]], Any]

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from activation_rows import EACH, REST, ActivationRows, read_rows, rows_of
+from activation_rows import EACH, REST, ActivationRows, read_rows, rows_of, varies
 from direction_finding import check_examples
 from forward_pass import InputError
 from model_architecture import Layer
@@ -169,7 +169,8 @@ class Fold:
     """Standardised examples of one layer and one split, ready to be fitted to any labels.
 
     Args:
-        x: Activations ``[example, feature]``, float64.
+        x: Activations ``[example, feature]``, float64, as exact as float32. Those that differ by no
+            more than rounding (`activation_rows.varies`) count as equal.
         split: Indices of the training and the test examples.
     """
 
@@ -178,9 +179,10 @@ class Fold:
         part = x[self.train]
         self._mean, deviation = part.mean(0), part.std(0)
         tiny = 1e-9 * np.abs(part).max(0)  # rounding of a feature that does not vary
-        self._scale = np.where(deviation > tiny, deviation, 1.0)
-        known = np.where(deviation > tiny, (part - self._mean) / self._scale, 0.0)
-        asked = np.where(deviation > tiny, (x[self.test] - self._mean) / self._scale, 0.0)
+        varied = (deviation > tiny) & varies(part.astype(np.float32))
+        self._scale = np.where(varied, deviation, 1.0)
+        known = np.where(varied, (part - self._mean) / self._scale, 0.0)
+        asked = np.where(varied, (x[self.test] - self._mean) / self._scale, 0.0)
         self._back: np.ndarray | None = None
         if known.shape[1] > len(known):
             u, s, self._back = np.linalg.svd(known, full_matrices=False)

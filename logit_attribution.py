@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from forward_pass import InputError
-from head_circuit_result import Kept
+from head_circuit_result import Kept, check_count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,7 +127,7 @@ class LogitAttribution(Kept):
         )
 
     def part(self, label: str) -> np.ndarray:
-        """``[position, target]``: one part's numbers.
+        """``[position, target]``: one part's numbers; the sum of those that are written alike.
 
         Args:
             label: Out of `labels`.
@@ -139,7 +139,7 @@ class LogitAttribution(Kept):
         if label not in labels:
             some = ", ".join(repr(each) for each in labels[:3])
             raise InputError(f"no part {label!r}; parts are written {some}, … (see .labels)")
-        return self.values[labels.index(label)]
+        return self.values[[each == label for each in labels]].sum(0)
 
     def of_kind(self, *kinds: str) -> np.ndarray:
         """Which parts are of some kinds, ``[part]``.
@@ -189,8 +189,7 @@ class LogitAttribution(Kept):
         Raises:
             InputError: ``k`` is below 1, or there is no such position or target.
         """
-        if k < 1:
-            raise InputError(f"the number of parts must be at least 1; came {k}")
+        check_count(k, "parts")
         row, column = self.cell(position, target)
         order = np.argsort(-np.abs(self.values[:, row, column]), kind="stable")[:k]
         cells = np.full(len(order), row), np.full(len(order), column)
@@ -235,15 +234,17 @@ class LogitAttribution(Kept):
         """
         row = len(self.positions) - 1
         if position is not None:
-            place = position + len(self.tokens) * (position < 0)
+            whole = hasattr(position, "__index__") and not isinstance(position, bool)
+            place = position + len(self.tokens) * (position < 0) if whole else -1
             if place not in self.positions:
                 raise InputError(
-                    f"position {position} was not attributed; positions are {list(self.positions)}"
+                    f"position {position!r} was not attributed; "
+                    f"positions are {list(self.positions)}"
                 )
             row = self.positions.index(place)
         count = self.values.shape[2]
-        if not -count <= target < count:
-            raise InputError(f"target is 0..{count - 1}; came {target}")
+        if isinstance(target, bool) or target not in range(-count, count):
+            raise InputError(f"target is 0..{count - 1}; came {target!r}")
         return row, target % count
 
     def target_text(self, row: int, column: int) -> str:

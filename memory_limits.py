@@ -13,13 +13,20 @@ CPU's allocator, MPS or cuBLAS has none, and NumPy a MemoryError.
 from __future__ import annotations
 
 import gc
+import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+"""Where Linux says what memory there is, and what a process may use of it."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -182,16 +189,56 @@ def explain(_kind: Any, error: BaseException | None, _trace: Any) -> None:
 
 
 def free_bytes(device: torch.device) -> float:
-    """What a device has left, with what torch holds of it unused."""
+    """What a device has left, with what torch holds of it unused; a container's limit counts."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    import os
+    return min(_available(), *_container_rooms())
 
+
+def _available() -> float:
+    """What the computer has left: on Linux with what caches of files would give back."""
+    with suppress(OSError):
+        text = (PROC / "meminfo").read_text()
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+        if found:
+            return float(found[1]) * 1024
     try:
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):
         return float(2**31)
+
+
+def _container_rooms() -> Iterator[float]:
+    """What the control groups of this process (a container's, a job's) still allow it."""
+    yield float("inf")
+    try:
+        lines = (PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if not kinds:
+            base, names = CGROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in kinds.split(","):
+            base = CGROUPS / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        own = base / path.strip("/")
+        yield from (
+            _room(each, *names) for each in (own, *own.parents) if base in (each, *each.parents)
+        )
+
+
+def _room(group: Path, limit: str, used: str, idle: str) -> float:
+    """What a control group has left; what it caches of files can be given back."""
+    try:
+        most, held = (int((group / name).read_text()) for name in (limit, used))
+        numbers = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return float(max(0, most - held + int(numbers.get(idle, 0))))
+    except (OSError, ValueError):  # no such file, or "max"
+        return float("inf")
 
 
 def in_words(nbytes: float) -> str:

@@ -152,7 +152,8 @@ class _Meter:
         self.sites = [Site("resid_pre", 0), *(Site("resid_post", i) for i in range(n_layers))]
         self.sums = {name: np.zeros(n_layers + 1) for name in _SUMS}
         self.tokens = 0
-        self.cka, self.waiting = CKAMeter(), [np.zeros((0, n_layers + 1, arches[0].d_model))] * 2
+        empty = np.zeros((0, n_layers + 1, arches[0].d_model), dtype=np.float32)
+        self.cka, self.waiting = CKAMeter(), [empty] * 2
         heads = all(arch.has_head for arch in arches)
         self.lenses = [LogitLens(arch.model) for arch in arches] if heads else []
 
@@ -193,7 +194,8 @@ class _Meter:
             )
             kl = torch.linalg.vecdot(p.exp(), p - q).clamp(min=0)
             self.sums["kl"][row] += float(exact(kl).sum())
-            self.sums["same"][row] += int((p.argmax(-1) == q.argmax(-1)).sum())
+            same = (p.argmax(-1) == q.argmax(-1)) & ~kl.isnan()  # NaN has no best token
+            self.sums["same"][row] += int(same.sum())
 
     def _flush(self, rows: int) -> None:
         """Add the first of the rows that wait, as one minibatch."""

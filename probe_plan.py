@@ -6,8 +6,11 @@ with what follows from them: the folds, the labels of control tasks, and permute
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -165,11 +168,12 @@ def make_plan(
     kind = _task_of(given, task)
     for name, value, least in (
         ("folds", folds, 2), ("controls", controls, 0), ("permutations", permutations, 0),
+        ("seed", seed, 0),
     ):  # fmt: skip
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise InputError(f"{name} must be an integer, at least {least}; came {value!r}")
-    if not penalty > 0:
-        raise InputError(f"penalty must be above 0; came {penalty!r}")
+    if isinstance(penalty, bool) or not isinstance(penalty, Real) or not 0 < penalty < math.inf:
+        raise InputError(f"penalty must be a finite number above 0; came {penalty!r}")
     group_ids = None if groups is None else numbered(_column(groups, count, "groups"))[0]
     if kind == REGRESSION:
         numbers, classes = _numbers(given), ()
@@ -185,8 +189,8 @@ def make_plan(
     if controls and type_ids is not None:
         check_types(type_ids)
     return ProbePlan(
-        kind, numbers, classes, group_ids, type_ids, folds, float(penalty), controls,
-        permutations, seed,
+        kind, numbers, classes, group_ids, type_ids, int(folds), float(penalty), int(controls),
+        int(permutations), int(seed),
     )  # fmt: skip
 
 
@@ -204,13 +208,32 @@ def check_types(types: np.ndarray) -> None:
 
 
 def _column(values: Any, count: int, name: str) -> list[Any]:
-    """One plain value per example."""
-    if isinstance(values, str) or not hasattr(values, "__len__"):
+    """One plain value per example.
+
+    Raises:
+        InputError: there is none for each, one is missing (NaN, None), or holds several.
+    """
+    ordered = hasattr(values, "__len__") and not isinstance(values, str | Mapping | Set)
+    if not ordered or getattr(values, "ndim", 1) == 0:
         raise InputError(f"{name} is a list with one entry per example; came {values!r:.60}")
     plain = values.tolist() if hasattr(values, "tolist") else list(values)
     if len(plain) != count:
         raise InputError(f"{name} has {len(plain)} entries for {count} examples; give one for each")
-    return [each.item() if hasattr(each, "item") else each for each in plain]
+    found = [_plain(each) for each in plain]
+    for place, each in enumerate(found):
+        if hasattr(each, "item") or not isinstance(each, Hashable):
+            raise InputError(f"{name}[{place}] must be one value, not several; came {each!r:.60}")
+        if each is None or each != each:
+            raise InputError(f"{name}[{place}] is missing ({each}): leave such examples out")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A number of any library as Python's own; what holds several as it is."""
+    try:
+        return value.item() if hasattr(value, "item") else value
+    except (ValueError, RuntimeError):
+        return value
 
 
 def _task_of(labels: list[Any], task: str) -> str:

@@ -191,7 +191,7 @@ class ProbeResult:
         return pd.DataFrame(table, list(self.classes), list(self.classes)).rename_axis("label")
 
     def _row(self, layer: int) -> int:
-        if layer not in self.layers:
+        if isinstance(layer, bool) or layer not in self.layers:
             raise LayerError(f"layer {layer!r} was not probed; there are {self.layers}")
         return self.layers.index(layer)
 
@@ -268,12 +268,14 @@ class ProbeResult:
 
         Raises:
             LayerError: the layer was not probed.
-            InputError: the width differs.
+            InputError: the width differs, or a number is not finite.
         """
         row = self._row(layer)
         x = torch.as_tensor(activations).detach().cpu().double().numpy()
         if x.shape[-1:] != self.weights.shape[-1:]:
             raise InputError(f"activations are […, {self.weights.shape[-1]}]; came {x.shape}")
+        if not np.isfinite(x).all():
+            raise InputError("the activations hold NaN or infinity, of which a probe says nothing")
         found = x @ self.weights[row].T + self.intercepts[row]
         if not self.classes:
             return found[..., 0]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from activation_rows import EACH, ActivationRows, read_rows
+from activation_rows import EACH, REST, ActivationRows, read_rows, varies
 from array_files import built, open_arrays, write_arrays
 from direction_finding import check_examples
 from forward_pass import InputError
@@ -55,10 +55,11 @@ def linear_cka(x: Any, y: Any, *, debiased: bool = False, form: str = "auto") ->
             the same. ``"auto"`` takes the cheaper one.
 
     Returns:
-        0 to 1 (1 is the same up to rotation, scale and shift); NaN where a side does not vary.
+        0 to 1 (1 is the same up to rotation, scale and shift); NaN where a side does not vary, but
+        for rounding (`activation_rows.varies`).
 
     Raises:
-        InputError: the rows do not correspond, are too few, or the form is not known.
+        InputError: the rows do not correspond, are too few or not finite, or the form is not known.
     """
     a, b = (_matrix(each, debiased) for each in (x, y))
     if len(a) != len(b):
@@ -73,13 +74,26 @@ def linear_cka(x: Any, y: Any, *, debiased: bool = False, form: str = "auto") ->
 
 
 def _matrix(values: Any, debiased: bool) -> np.ndarray:
-    found = torch.as_tensor(values).detach().cpu().double().numpy()
+    given = torch.as_tensor(values).detach().cpu()
+    found = given.double().numpy()
     least = 4 if debiased else 2
     if found.ndim != 2 or len(found) < least:
         raise InputError(
             f"a representation is [row, feature] with at least {least} rows; came {found.shape}"
         )
-    return found - found.mean(0)  # exact sums afterwards: a large mean would cancel digits
+    if not np.isfinite(found).all():
+        raise InputError("a representation holds NaN or infinity: leave such rows out")
+    narrow = given.dtype == torch.float32
+    return _centred(found.astype(np.float32) if narrow else found)
+
+
+def _centred(x: np.ndarray) -> np.ndarray:
+    """Rows ``[row, feature]`` less their mean, float64; zeros where they differ by rounding alone.
+
+    Sums of them are exact: of the rows as they are a large mean would cancel digits.
+    """
+    exact = x.astype(np.float64)
+    return exact - exact.mean(0) if varies(x) else np.zeros_like(exact)
 
 
 def _hsic_of_features(x: np.ndarray, y: np.ndarray, debiased: bool) -> float:
@@ -170,14 +184,12 @@ class CKAMeter:
         self._batches, self.rows = self._batches + 1, self.rows + n
 
     def _flat(self, x: np.ndarray) -> np.ndarray:
-        exact = x.astype(np.float64)
-        exact = exact - exact.mean(0)
-        layers = range(exact.shape[1])
-        return np.stack([centred_gram(exact[:, i], self._debiased).ravel() for i in layers])
+        layers = range(x.shape[1])
+        return np.stack([centred_gram(_centred(x[:, i]), self._debiased).ravel() for i in layers])
 
     @property
     def values(self) -> np.ndarray:
-        """``[layer of x, layer of y]``.
+        """``[layer of x, layer of y]``; NaN where one does not vary, but for rounding.
 
         Raises:
             InputError: there were no rows.
@@ -327,7 +339,7 @@ def layer_similarity(
         ``[layer of model, layer of other]``.
 
     Raises:
-        InputError: too few rows, unequal widths, or an unknown metric.
+        InputError: too few rows, unequal widths, an unknown metric, or no model.
         LayerError: there is no such layer.
         SiteError: the model has no such site.
     """
@@ -337,6 +349,8 @@ def layer_similarity(
     one = read_rows(model, tokenizer, texts, layers, **how)
     if hasattr(other, "architecture"):
         other = other.model
+    if other is not None and not hasattr(other, "config"):
+        raise InputError(f"other is a loaded model, an analyzer or None; came {other!r:.60}")
     two = one if other is None else read_rows(other, tokenizer, texts, layers, **how)
     if metric == "cosine":
         _check_widths(one, two)
@@ -411,6 +425,7 @@ def prompt_similarity(
             which must have as many tokens each (rows are positions; plain, not debiased).
         centred: Take the mean over prompts away before the cosine. Where activations all point
             one way (see `embedding_geometry`) cosines are near 1 without it, whatever the prompts.
+            It needs three texts; those of n unrelated ones are −1/(n − 1) on the average.
         read: Which token; see `read_rows`. Of CKA it is always each.
         at: A position or part for each text; see `read_rows`.
         site: Which site.
@@ -420,7 +435,8 @@ def prompt_similarity(
         ``[prompt, prompt]``.
 
     Raises:
-        InputError: fewer than two texts, unequal lengths for CKA, or an unknown metric.
+        InputError: fewer than two texts (three if centred), unequal lengths for CKA, or an unknown
+            metric.
         LayerError: there is no such layer.
         SiteError: the model has no such site.
     """
@@ -429,9 +445,15 @@ def prompt_similarity(
     check_examples(texts, "texts")
     if len(texts) < 2:
         raise InputError("give at least two texts to compare")
+    if centred and metric == "cosine" and len(texts) == 2:
+        raise InputError("of two texts less their mean the cosine is -1 always: give three or more")
     if metric == "cka":
         read, at = EACH, None
         _check_lengths([len(encode(tokenizer, text)) for text in texts])
+    elif at is None and isinstance(read, str) and read in (EACH, REST):
+        raise InputError(
+            f"read={read!r} makes several vectors of a text; a cosine needs one of each"
+        )
     arch = Architecture(model)
     how: dict[str, Any] = {"read": read, "at": at, "site": site, "batch_size": batch_size}
     rows = read_rows(arch, tokenizer, texts, [arch.resolve(layer)], **how)

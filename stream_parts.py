@@ -238,11 +238,21 @@ def find_link(architecture: Architecture, writer: Writer, found: Recorded) -> Li
     given = found.given.get(writer.out)
     if given is None:
         return None
-    written = found.at(writer.out)
-    times = multiple_of(written, given)
-    if times is not None:
-        return Link(None, torch.full((1, 1), times, dtype=torch.float64))
-    taken = found.taken.get(writer.out)
+    through = _through_norm(architecture, writer, found, given)
+    if through is not None:
+        return through
+    times = multiple_of(found.at(writer.out), given)
+    return None if times is None else Link(None, torch.full((1, 1), times, dtype=torch.float64))
+
+
+def _through_norm(
+    architecture: Architecture, writer: Writer, found: Recorded, given: Tensor
+) -> Link | None:
+    """The link through the writer's last module, if that is a norm of what the matrix gave.
+
+    It is tried first: in half precision what a norm with like gains gives is nearly a multiple.
+    """
+    written, taken = found.at(writer.out), found.taken.get(writer.out)
     times = None if taken is None else multiple_of(taken, given)
     if taken is None or times is None:
         return None

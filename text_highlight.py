@@ -2,7 +2,8 @@
 
 A text runs in lines as it was written: it breaks where it has newlines, and where the sheet ends.
 Each token has a box of its own, so that two of the same text stay two. Red speaks for, blue
-against; 0 is the middle. A value far outside the others is at the end of the colours and marked.
+against; 0 is the middle. A value far outside the others is at the end of the colours and marked; a
+token without a number is hatched.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from figure_canvas import figure_of, finish, new_figure, room_of, settle, text_colors
-from heat_maps import ColorScale, color_scale, plot_heatmap
+from heat_maps import NO_VALUE, ColorScale, color_scale, plot_heatmap
 from token_labels import axis_labels, can_draw, drawing, readable_token, text_width
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def text_boxes(tokens: Sequence[str], width: float) -> list[Box]:
         text = readable_token(token, LONGEST, can_draw)
         room = text_width(text, SIZE) + 2 * PAD
         while room > width and len(text) > 2:
-            text = text[: int(len(text) * 0.8)].rstrip("…") + "…"
+            text = text[: min(int(len(text) * 0.8), len(text) - 2)].rstrip("…") + "…"
             room = text_width(text, SIZE) + 2 * PAD
         if left and left + room > width:
             left, line = 0.0, line + 1
@@ -103,7 +104,7 @@ def plot_text(
         scores: ``[position]``.
         tokens: One per position.
         signed: Whether 0 is the middle of the colours.
-        mark: A position that gets an outline.
+        mark: A position that gets an outline; negative from the end.
         value_label: What the colours mean, with the unit.
         max_lines: A longer text loses its beginning, where a line says how many tokens; on axes
             that are given, what fits.
@@ -116,12 +117,15 @@ def plot_text(
         The figure.
 
     Raises:
-        ValueError: scores and tokens do not fit together, or there are none, or ``max_lines`` is
-            below 1.
+        ValueError: scores and tokens do not fit together, or there are none, ``mark`` is no
+            position, or ``max_lines`` is below 1.
     """
     row = np.asarray(scores, dtype=float)
     if row.shape != (len(tokens),) or not row.size:
         raise ValueError(f"scores must be [position] of {len(tokens)} tokens; came {row.shape}")
+    if mark is not None and not -len(row) <= mark < len(row):
+        raise ValueError(f"mark must be a position, 0..{len(row) - 1}; came {mark}")
+    mark = None if mark is None else mark % len(row)
     if max_lines < 1:
         raise ValueError(f"max_lines must be at least 1; came {max_lines}")
     with drawing():
@@ -144,7 +148,8 @@ def plot_text(
         ax.set_aspect("equal", anchor="NW")  # a point is a point in both directions
         ax.set_axis_off()
         ax.set_title(_drawable(title or ""), fontsize=11, loc="left", wrap=True)
-        _legend(ax, scale, value_label, mark is not None, -lines * LINE)
+        marked = any(box.position == mark for box in boxes)
+        _legend(ax, scale, value_label, marked, bool(np.isnan(seen).any()), -lines * LINE)
     return finish(figure_of(ax), save_path, show)
 
 
@@ -173,11 +178,13 @@ def _draw(
     ax: Axes, boxes: list[Box], scores: np.ndarray, scale: ColorScale, mark: int | None
 ) -> None:
     from matplotlib.collections import PatchCollection
+    from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
 
     values = np.clip(np.nan_to_num(scores), scale.low, scale.high)
     colors = _colors(scale, values)
     inks = text_colors(colors)
+    colors[np.isnan(scores)] = to_rgba(NO_VALUE)
     patches = [Rectangle((b.left, b.bottom), b.width, BOX) for b in boxes]
     ax.add_collection(PatchCollection(patches, facecolors=list(colors), linewidths=0))
     for box, ink in zip(boxes, inks, strict=True):
@@ -187,6 +194,9 @@ def _draw(
     for box in (box for box, out in zip(boxes, beyond, strict=True) if out):
         ends, below = [box.left, box.left + box.width], [box.bottom - 1] * 2
         ax.plot(ends, below, color="black", lw=1.5, gid="beyond")
+    for box in (box for box, score in zip(boxes, scores, strict=True) if np.isnan(score)):
+        look: dict[str, Any] = {"fill": False, "hatch": "////", "linewidth": 0, "alpha": 0.4}
+        ax.add_patch(Rectangle((box.left, box.bottom), box.width, BOX, gid="missing", **look))
     for box in (box for box in boxes if box.position == mark):
         edge: dict[str, Any] = {"fill": False, "edgecolor": "black", "linewidth": 1.3}
         ax.add_patch(Rectangle((box.left, box.bottom), box.width, BOX, gid="mark", **edge))
@@ -205,7 +215,9 @@ def _colormap(scale: ColorScale) -> str:
     return scale.colormap if scale.low < 0 else "Reds"
 
 
-def _legend(ax: Axes, scale: ColorScale, label: str, marked: bool, bottom: float) -> None:
+def _legend(
+    ax: Axes, scale: ColorScale, label: str, marked: bool, missing: bool, bottom: float
+) -> None:
     from matplotlib.cm import ScalarMappable
 
     notes = [label]
@@ -213,6 +225,8 @@ def _legend(ax: Axes, scale: ColorScale, label: str, marked: bool, bottom: float
         notes.append("outlined: where the prediction is made")
     if (scale.above | scale.below).any():
         notes.append("underlined: beyond the colours")
+    if missing:
+        notes.append("hatched: no number")
     place = ax.inset_axes((0, bottom - 16, 240, 8), transform=ax.transData)
     bar = figure_of(ax).colorbar(
         ScalarMappable(scale.norm(), _colormap(scale)), cax=place, orientation="horizontal",

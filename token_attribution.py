@@ -136,6 +136,8 @@ class TokenAttribution:
             InputError: there is no such target, or several with this label.
         """
         count = len(self.targets)
+        if not isinstance(target, str | int | np.integer) or isinstance(target, bool):
+            raise InputError(f"a target is its number, 0..{count - 1}, or its label; {target!r}")
         if isinstance(target, str):
             found = [number for number, label in enumerate(self.targets) if label == target]
             if len(found) == 1:
@@ -145,7 +147,7 @@ class TokenAttribution:
             )
         if not -count <= target < count:
             raise InputError(f"there are targets 0..{count - 1}; came {target}")
-        return target % count
+        return int(target) % count
 
     def heading(self, target: int | str = 0) -> str:
         """A target in words, for a reader: ``"' Paris' after token 5 (logit)"``."""

@@ -43,11 +43,19 @@ def _gpt2(**sizes: Any) -> GPT2Config:
     return GPT2Config(**sizes, **special, initializer_range=0.1)
 
 
-def _llama() -> LlamaConfig:
+def _llama(**sizes: int) -> LlamaConfig:
+    small = {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8,
+             "num_key_value_heads": 2, "intermediate_size": 688}  # fmt: skip
     return LlamaConfig(
-        hidden_size=256, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
-        intermediate_size=688, vocab_size=4096, max_position_embeddings=256,
+        **{**small, **sizes}, vocab_size=4096, max_position_embeddings=1024,
         tie_word_embeddings=False, initializer_range=0.1, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+
+
+def _llama_large() -> LlamaConfig:
+    return _llama(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=4,
+        intermediate_size=2816,
     )  # fmt: skip
 
 
@@ -55,12 +63,15 @@ MODELS = {
     "demo": Recipe("the bundled model, 12 × 96, 6 heads", None, 64, 12, 24),
     "gqa": Recipe("Llama-like, 8 × 256, 8 heads on 2 key/value heads, random", _llama, 64, 12, 24),
     "gpt2-small": Recipe("GPT-2 small's shape, 12 × 768, 12 heads, random", _gpt2, 64, 5, 24),
+    "llama-300m": Recipe(
+        "Llama-like, 24 × 1024, 16 heads on 4 key/value heads, random", _llama_large, 512, 12, 48
+    ),
     "tiny": Recipe(
         "GPT-2, 2 × 32, 2 heads, random",
         lambda: _gpt2(n_layer=2, n_embd=32, n_head=2, vocab_size=2048, n_positions=64), 8, 4, 4,
     ),
 }  # fmt: skip
-"""``tiny`` is for trying the script out."""
+"""``tiny`` is for trying the script out, ``llama-300m`` for a GPU."""
 
 
 def make_folder(name: str, folder: Path) -> None:

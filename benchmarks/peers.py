@@ -339,7 +339,7 @@ def write(text: str, path: Path = RESULTS) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    known = [name for name in MODELS if name != "tiny"]
+    known = [name for name in MODELS if name not in ("tiny", "llama-300m")]
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=known)
     parser.add_argument("--toolkits", nargs="+", choices=list(TOOLKITS), default=list(TOOLKITS))
     parser.add_argument("--python", nargs="+", default=[], metavar="TOOLKIT=PYTHON")

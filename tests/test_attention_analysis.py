@@ -245,6 +245,23 @@ def test_bfloat16_is_added_up_in_float32():
     np.testing.assert_allclose(summary["induction"][0], expected["induction"], atol=1e-2)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_rounding_of_a_row_is_no_sink(name):
+    """In bfloat16 a row sums to 1 within 0.002; as one more token that is 0.01 nats of entropy."""
+    model = families.build(name).bfloat16()
+    texts = np.random.default_rng(0).integers(2, 60, size=(4, 40)).tolist()
+    summary = head_summary(model, None, texts)
+    assert not summary["no_token"].any()
+    entropies = []
+    for text in texts:
+        rows = np.stack(attention_patterns(model, None, text).patterns)[:, :, 1:].astype(float)
+        assert np.abs(1 - rows.sum(-1)).max() > 1e-4
+        rows /= rows.sum(-1, keepdims=True)
+        entropies.append(-(rows * np.log(np.where(rows > 0, rows, 1))).sum(-1))
+    expected = np.concatenate(entropies, -1).mean(-1)
+    np.testing.assert_allclose(summary["entropy"], expected, atol=5e-4)
+
+
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
     model = built("gpt2")
     own = attention_analysis._pass
@@ -326,8 +343,11 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(monkeypatch):
         head_summary(model, None, [[5], [6]])
     with pytest.raises(InputError, match="none of the 0 prompts"):
         head_summary(model, None, [])
-    with pytest.raises(InputError, match="batch_size must be at least 1; came 0"):
-        head_summary(model, None, TEXTS, batch_size=0)
+    with pytest.raises(InputError, match="prompts is a list of texts; came 5"):
+        head_summary(model, None, 5)
+    for size in (0, "8", 2.5, True):
+        with pytest.raises(InputError, match=f"batch_size must be at least 1; came {size!r}"):
+            head_summary(model, None, TEXTS, batch_size=size)
     with pytest.raises(LayerError, match="layer 9 is out of range"):
         head_summary(model, None, TEXTS, layers=9)
 

@@ -324,6 +324,23 @@ def test_a_saturated_softmax_is_seen():
     assert float(together) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("factor", [-100.0, 100.0])
+def test_scores_that_move_far_beside_a_sink(factor):
+    """One key, one sink whose score stays: all goes to the key, or nothing; no number overflows."""
+    ones = torch.ones(1, 1, 1, 4, dtype=torch.float64)
+    pattern = torch.tensor([[[[0.25]]]], dtype=torch.float64)
+    run, slope = Attention(ones, ones, pattern), torch.full_like(pattern, 3.0)
+    rule, places = ScoreRule(10.0), torch.tensor([0])
+    expected = 3.0 * ((1.0 if factor > 0 else 0.0) - 0.25)
+    found = (
+        query_effects(rule, run, slope, factor * ones, places),
+        key_effects(rule, run, slope, factor * ones, places, together=True),
+        key_effects(rule, run, slope, factor * ones, places, together=False),
+    )
+    for each in found:
+        assert float(each) == pytest.approx(expected, abs=1e-9)
+
+
 def test_scores_that_are_no_function_of_the_product_are_refused():
     generator = torch.Generator().manual_seed(0)
     runs = []
@@ -345,7 +362,26 @@ def test_low_precision_stays_near_float32(name):
     for site, result in found.items():
         assert np.isfinite(low[site].values).all()
         scale = np.abs(result.effects).max()
-        np.testing.assert_allclose(low[site].effects, result.effects, atol=0.5 * scale)
+        np.testing.assert_allclose(low[site].effects, result.effects, atol=0.15 * scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "site"), [("gpt2", "resid_pre"), ("gpt2", "query"), ("mamba", "resid_pre")]
+)
+def test_unlikely_tokens_in_float16(name, site):
+    """Their probability's gradient is below what float16 holds."""
+    half = families.build(name).half()
+    exact = copy.deepcopy(half).float()
+    order = hooked_logits(exact, CORRUPTED, [])[0, -1].argsort(descending=True)
+    asked = {"metric": "prob", "answer": int(order[40]), "show_progress": False}
+    asked |= {"attention_correction": site == "query", "grad_drop": True}
+    found, wanted = (
+        attribution_patching(each, None, CLEAN, CORRUPTED, site, **asked) for each in (half, exact)
+    )
+    scale = np.abs(wanted.effects).max()
+    assert 0 < scale < 1e-9
+    np.testing.assert_allclose(found.effects / scale, wanted.effects / scale, atol=0.06)
+    np.testing.assert_allclose(found.dropped / scale, wanted.dropped / scale, atol=0.06)
 
 
 # --- GradDrop -------------------------------------------------------------------------------------
@@ -385,6 +421,19 @@ def test_dropped_gradients_by_hand(name):
         np.testing.assert_allclose(found[site].dropped, sizes[site] / among, rtol=1e-3, atol=1e-4)
         assert found[site].backward_passes == 1 + len(blocks)
         assert found[site].passes == 2
+
+
+def test_dropped_sizes_are_normalized_and_lead_the_order(gpt2):
+    asked = {"grad_drop": True, "exact": True, **TOKENS}
+    plain = attribution_patching(gpt2, None, CLEAN, CORRUPTED, "head_out", **asked)
+    scaled = attribution_patching(gpt2, None, CLEAN, CORRUPTED, "head_out", normalize=True, **asked)
+    apart = abs(plain.clean - plain.corrupted)
+    assert abs(apart - 1) > 0.1
+    np.testing.assert_allclose(scaled.dropped, plain.dropped / apart, rtol=1e-6)
+    led = plain.top(plain.dropped.size, by="dropped")["dropped"].to_numpy()
+    assert list(led) == sorted(plain.dropped.ravel(), reverse=True)
+    by_exact = np.argsort(-np.abs(plain.exact_effects).ravel())
+    assert list(by_exact) != list(np.argsort(-plain.dropped.ravel())), "else it shows nothing"
 
 
 def test_every_family_can_drop_its_blocks(family):
@@ -447,6 +496,18 @@ def test_correlations_are_scipys(gpt2):
     assert both["dropped_spearman"] == pytest.approx(dropped)
 
 
+def test_correlations_with_a_constant_or_nan_are_none(full):
+    """Their mean is off by rounding, and NaN has no rank."""
+    for constant in (np.full(full.values.shape, 0.1), np.full(full.values.shape, 1e-3)):
+        still = dataclasses.replace(full, exact=full.start + constant)
+        assert np.isnan(still.pearson) and np.isnan(still.spearman)
+    values = full.exact.copy()
+    values.flat[1] = np.nan
+    holed = dataclasses.replace(full, exact=values)
+    assert np.isnan(holed.pearson) and np.isnan(holed.spearman)
+    assert np.isnan(holed.correlations()["size_spearman"])
+
+
 def test_the_bundled_model_agrees_with_exact_patching():
     analyzer = ModelAnalyzer(device="cpu")
     clean = "When Mary and John went to the store, John gave a drink to"
@@ -507,6 +568,7 @@ def test_nothing_is_left_after_an_error(gpt2):
         ({"metric": "nonsense"}, InputError, "no metric"),
         ({"direction": "up"}, InputError, "denoising"),
         ({"axes": ("layer", "head")}, InputError, "axes of a sweep"),
+        ({"axes": {"mlp_outt": ("layer",)}}, InputError, "axes names 'mlp_outt'.*resid_pre"),
         ({"attention_correction": True}, InputError, "'query' and 'key'.*leave it out"),
         ({"corrupted_prompt": [*CORRUPTED, 5]}, InputError, "do not correspond"),
         ({"site": "attn_pattern", "corrupted_prompt": [*CORRUPTED, 5], "align": "end"},
@@ -622,6 +684,17 @@ def test_frame_and_top(full, gpt2):
         full.top(0, by="exact")
     with pytest.raises(InputError, match=r"no exact numbers.*compare\(patching_sweep"):
         plain.spearman  # noqa: B018
+
+
+def test_numbers_that_are_none_are_told_and_do_not_compare(gpt2, full):
+    with pytest.warns(UserWarning, match="no finite numbers"):
+        attribution_patching(
+            gpt2, None, CLEAN, CORRUPTED, metric=lambda z: z[0, -1, 1] * torch.nan,
+            show_progress=False,
+        )  # fmt: skip
+    none = dataclasses.replace(full, clean=float("nan"))
+    with pytest.raises(InputError, match="the metric of the clean run is nan here"):
+        none.compare(full)
 
 
 def test_only_sweeps_of_the_same_cells_compare(gpt2):

@@ -322,7 +322,12 @@ def test_impossible_fits_are_refused():
         ((X, LABELS, 0), {"shrinkage": 1.5}, r"0\.\.1"),
         ((X, [1] * 24, 0), {}, "all labels"),
         ((X, LABELS[:5], 0), {}, "5 entries"),
+        ((X, LABELS, 0), {"shrinkage": "0"}, r"0\.\.1"),
+        ((X, LABELS, "h.3"), {}, "numbers of its blocks"),
+        ((X, LABELS, True), {}, "numbers of its blocks"),
+        ((X, LABELS, -1), {}, "numbers of its blocks"),
         ((np.ones((24, 4)), LABELS, 0), {}, "nothing to erase"),
+        ((X[:1] * (1 + 1e-7 * X), LABELS, 0), {}, "differ by rounding alone"),
     ):
         with pytest.raises(InputError, match=message):
             fit_eraser(*arguments, **options)

@@ -174,6 +174,25 @@ def by_hand(name, model, vectors, point, token):
     return through @ model.get_output_embeddings().weight[token] * SLOPES.get(name, 1.0)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
+def test_a_norm_with_like_gains_is_no_multiplier_in_half_precision(name):
+    """Gains that differ by 5 % are within the rounding of bfloat16, and count all the same."""
+    model = families.build(name)
+    generator = torch.Generator().manual_seed(0)
+    like = 0.0 if name == "gemma2" else 1.0
+    for block in model.model.layers:
+        for norm in (block.post_attention_layernorm, block.post_feedforward_layernorm):
+            gain = like + 0.05 * torch.randn(norm.weight.shape, generator=generator)
+            norm.weight.data.copy_(gain)
+    half = model.bfloat16()
+    found = attribute(half, [5, 8, 13], neurons=True)
+    exact = attribute(copy.deepcopy(half).float(), [5, 8, 13], neurons=True)
+    for kind in ("head", "neuron"):
+        wanted = exact.values[exact.of_kind(kind)]
+        off = found.values[found.of_kind(kind)] - wanted
+        assert np.sqrt((off**2).mean()) < 0.03 * np.sqrt((wanted**2).mean())
+
+
 @torch.no_grad()
 def test_each_part_by_a_formula_of_its_own(family):
     """What is taken from the final stream, through norm and head: each head, MLP and block."""
@@ -506,6 +525,10 @@ def test_training_mode_and_hooks_are_as_before():
         ({"following": True, "tokens": 1}, "leave out tokens"),
         ({"following": True}, r"no token follows position 6.*slice\(0, -1\)"),
         ({"neurons": [9]}, "layer 9 is out of range"),
+        ({"neurons": "11"}, "no layer '11'|layer 11 is out of range"),
+        ({"neurons": 9}, "layer 9 is out of range"),
+        ({"tokens": 5.0}, "integers"),
+        ({"tokens": {5, 6}}, "integers"),
     ],
 )
 def test_bad_requests_are_refused_before_the_model_runs(options, message):
@@ -540,6 +563,9 @@ def test_one_foil_for_each_token():
     expected = logits[[5, 6]] - logits[[7, 8]]
     np.testing.assert_allclose(result.logits[0], expected, rtol=0, atol=1e-12)
     assert result.target_text(0, 1) == "'<6>' − '<8>'"
+    for tokens in (np.array([5, 6]), torch.tensor([5, 6])):
+        again = attribute(families.build("llama"), tokens, torch.tensor([7, 8]))
+        np.testing.assert_array_equal(again.values, result.values)
 
 
 def test_neurons_of_some_layers():
@@ -630,6 +656,11 @@ def test_a_one_line_repr(result):
         (lambda r: r.part("9.9"), "no part '9.9'; parts are written 'embed'"),
         (lambda r: r.of_kind("heads"), "no kind 'heads'; kinds are embed"),
         (lambda r: r.top(0), "at least 1; came 0"),
+        (lambda r: r.top(2.5), "at least 1; came 2.5"),
+        (lambda r: r.top(True), "at least 1; came True"),
+        (lambda r: r.top(1, position=True), "position True was not attributed"),
+        (lambda r: r.top(1, target="a"), r"target is 0\.\.1; came 'a'"),
+        (lambda r: r.top(1, target=True), r"target is 0\.\.1; came True"),
         (lambda r: r.top(1, position=3), r"position 3 was not attributed; positions are \[2, 6\]"),
         (lambda r: r.top(1, target=2), r"target is 0\.\.1; came 2"),
     ],
@@ -637,6 +668,19 @@ def test_a_one_line_repr(result):
 def test_bad_questions(result, call, message):
     with pytest.raises(InputError, match=message):
         call(result)
+
+
+def test_parts_that_are_written_alike_are_one(result):
+    """What comes between two blocks, and what a block adds beyond its writers: both "other 1"."""
+    import dataclasses
+
+    other = np.full(2, NAMES.index("other"))
+    more = {"kinds": other, "layers": np.ones(2, int), "indices": np.full(2, -1)}
+    joined = {name: np.concatenate([getattr(result, name), new]) for name, new in more.items()}
+    added = np.array([3.0, 4.0])[:, None, None] * np.ones((1, *result.logits.shape))
+    values = np.concatenate([result.values, added])
+    twice = dataclasses.replace(result, values=values, **joined)
+    np.testing.assert_array_equal(twice.part("other 1"), np.full(result.logits.shape, 7.0))
 
 
 def test_tables_that_do_not_fit_are_refused(result):

@@ -112,7 +112,23 @@ def test_neighbours_are_the_nearest_but_for_the_token_itself(llama, tokenizer, m
         assert found.ids[row].tolist() == ids[0][kept][:4].tolist()
         assert found.scores[row] == pytest.approx(scores[0][kept][:4], abs=1e-4)
     assert found.labels == (" cat", " the")
+    for several in (torch.tensor(found.ids[0]), found.ids[0]):
+        assert len(token_neighbors(llama, tokenizer, several, 2).ids) == 4
+    assert len(token_neighbors(llama, tokenizer, torch.tensor(5), 2).ids) == 1
     assert token_neighbors(llama, tokenizer, " cat", 98).ids.shape == (1, 98)
+
+
+def test_a_token_is_left_out_wherever_it_stands(tokenizer):
+    """By dot product longer embeddings come before the token's own, or leave no place for it."""
+    model = families.build("llama")
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[[9, 12, 7]] = weight[5] * torch.tensor([[4.0], [3.0], [2.0]])
+    for k in (1, 2, 3, 5):
+        found = token_neighbors(model, tokenizer, 5, k, metric="dot")
+        ids, _ = dense(weight.detach(), weight[5].detach().numpy(), 99, "dot")
+        assert ids[0].tolist().index(5) >= 3
+        assert found.ids[0].tolist() == [token for token in ids[0] if token != 5][:k]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +141,13 @@ def test_neighbours_are_the_nearest_but_for_the_token_itself(llama, tokenizer, m
         (torch.ones(32), {"k": 0}, r"1\.\.99"),
         (torch.ones(32), {"k": 99, "exclude": [3]}, r"1\.\.98"),
         (torch.ones(32), {"exclude": [-1]}, "token ids"),
+        (torch.ones(32), {"exclude": [" cat"]}, "token ids"),
+        (torch.ones(32), {"exclude": " cat"}, "token ids"),
+        (torch.ones(32), {"exclude": [True]}, "token ids"),
+        (torch.ones(32), {"exclude": 5}, "token ids"),
+        (["a", "b"], {}, r"vectors are \[d\]"),
+        (torch.ones(32), {"k": 2.5}, r"1\.\.99; came 2.5"),
+        (torch.ones(32), {"k": True}, r"1\.\.99; came True"),
         (torch.ones(32), {"metric": "l2"}, "metric is"),
         (torch.ones(32), {"matrix": "head"}, "matrix is"),
         (torch.ones(32), {"labels": ["a", "b"]}, "2 labels for 1 vectors"),
@@ -139,6 +162,8 @@ def test_impossible_searches_are_refused(llama, tokenizer, vectors, options, mes
     ("tokens", "options", "message"),
     [
         ([], {}, "at least one"),
+        (5.0, {}, "integers"),
+        (True, {}, "integers"),
         ("the cat sat", {}, "token"),
         (99, {}, "99"),
         (" cat", {"k": 99}, r"1\.\.98"),
@@ -198,7 +223,13 @@ def test_known_shapes():
     assert line.participation_ratio[0] == pytest.approx(1)
     assert line.first_component[0] == pytest.approx(1)
     assert line.mean_cosine[0] == pytest.approx(1)
-    assert np.isnan(geometry_of(np.ones((4, 3))).participation_ratio[0])
+    row = np.random.default_rng(0).normal(size=(1, 3))
+    near = row * (1 + 1e-7 * np.arange(4)[:, None])
+    for same in (np.ones((4, 3)), np.full((4, 3), 0.1), row.repeat(4, 0), near):
+        flat = geometry_of(same)
+        assert np.isnan(flat.participation_ratio[0])
+        assert np.isnan(flat.first_component[0])
+        assert flat.mean_cosine[0] == pytest.approx(1)
 
 
 def test_every_familys_activations(family):

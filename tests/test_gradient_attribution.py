@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import functools
+import itertools
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,11 +18,13 @@ import model_zoo
 import weighted_gradients as engine
 from array_files import RecordFileError
 from attention_attribution import attention_rollout
-from embedding_pass import EmbeddingPass, token_embeddings
+from embedding_pass import EmbeddingPass, mean_embedding, token_embeddings
 from families import token_ids
 from forward_pass import ArchitectureError, InputError, SiteError
 from gradient_attribution import METHODS, CompletenessWarning, attribute_tokens
 from gradient_check import check_gradient
+from gradient_scale import is_narrow
+from logit_metrics import Metric
 from memory_limits import NotEnoughMemoryError, SmallerBatchWarning
 from model_architecture import Architecture
 from token_attribution import TokenAttribution
@@ -244,6 +248,60 @@ def test_metrics(name, metric):
     assert own.targets == ("<lambda>",) and own.target_ids == (-1,)
 
 
+def test_a_metric_reads_its_own_positions(gpt2):
+    """Of a `Metric` the logits at the positions that it names, in ascending order."""
+    apart = Metric("apart", "logits", lambda z: z[:, 0, 7] - z[:, 1, 7], read=(-1, -3))
+    found = attribute_tokens(gpt2, None, IDS, "saliency", metric=apart, per_dimension=True)
+
+    def of(z):
+        return z[0, -3, 7] - z[0, -1, 7]
+
+    close(found.per_dimension[0], slope(gpt2, embedded(gpt2), of))
+    close(found.value, [float(of(gpt2(torch.tensor([IDS])).logits.detach()))])
+    assert found.target_positions == (LENGTH - 1,) and found.unit == "logits"
+    early = Metric("early", "logits", lambda z: z[:, 0, 7], read=(2,))
+    found = attribute_tokens(gpt2, None, IDS, "occlusion", metric=early)
+    close(found.scores, attribute_tokens(gpt2, None, IDS, "occlusion", 7, 2).scores)
+    assert found.target_positions == (2,)
+    with pytest.raises(InputError, match="position -9 is out of range"):
+        far = Metric("far", "logits", lambda z: z[:, 0, 7], read=(-9,))
+        attribute_tokens(gpt2, None, IDS, metric=far)
+
+
+@pytest.mark.parametrize("method", ["gradient_attention", "saliency", "integrated_gradients"])
+@quiet
+def test_a_function_of_an_earlier_position_is_followed_from_there(gpt2, method):
+    found = attribute_tokens(gpt2, None, IDS, method, metric=lambda z: z[0, 2, 7])
+    named = attribute_tokens(gpt2, None, IDS, method, 7, target_positions=2)
+    close(found.scores, named.scores)
+    assert found.target_positions == (2,) and found.scores[0, :3].all()
+
+
+def test_attention_is_followed_from_one_position(gpt2):
+    def two(z):
+        return z[0, 2, 7] + z[0, 5, 7]
+
+    with pytest.raises(InputError, match=r"followed back from one position.*the logits of 2"):
+        attribute_tokens(gpt2, None, IDS, "gradient_attention", metric=two)
+    assert attribute_tokens(gpt2, None, IDS, "saliency", metric=two).scores.any()
+
+
+@pytest.mark.parametrize("method", ["saliency", "integrated_gradients", "gradient_attention"])
+@pytest.mark.parametrize(
+    "metric", [lambda z: float(z[0, -1, 7]), lambda z: z[0, -1, 7].detach().numpy()]
+)
+def test_a_metric_that_leaves_the_graph_is_no_fault_of_the_model(gpt2, method, metric):
+    with pytest.raises(InputError, match="the metric '<lambda>' has no gradient"):
+        attribute_tokens(gpt2, None, IDS, method, metric=metric)
+    plain = attribute_tokens(gpt2, None, IDS, "occlusion", 7).scores
+    close(attribute_tokens(gpt2, None, IDS, "occlusion", metric=metric).scores, plain)
+
+
+def test_numbers_that_are_none_are_told(gpt2):
+    with pytest.warns(UserWarning, match="no finite numbers.*bfloat16 or float32"):
+        attribute_tokens(gpt2, None, IDS, metric=lambda z: z[0, -1, 7] * torch.nan)
+
+
 def test_a_function_of_every_position(gpt2):
     def spread(logits):
         return logits[0].std()
@@ -402,6 +460,13 @@ def test_baselines(gpt2):
         close(named.baseline_value, [float(bottom)])
 
 
+@pytest.mark.parametrize("rows", [1, 10, families.VOCAB, 4096])
+def test_the_mean_is_over_the_whole_vocabulary(gpt2, rows, monkeypatch):
+    """Also where it is looked up in several parts."""
+    monkeypatch.setattr("embedding_pass.TABLE_ROWS", rows)
+    close(mean_embedding(Architecture(gpt2)), gpt2.transformer.wte.weight.detach().mean(0))
+
+
 def test_scores_by_dimension_add_up(gpt2):
     for method in ("gradient_x_input", "integrated_gradients", "smoothgrad"):
         asked = {"target_positions": [3, 7], "baseline": "mean"}
@@ -422,7 +487,15 @@ REFUSED = [
     ({"n_steps": 2.5}, "n_steps must be a whole number"),
     ({"n_steps": True}, "n_steps must be a whole number"),
     ({"batch_size": 0}, "batch_size must be a whole number"),
+    ({"n_steps": False}, "n_steps must be a whole number"),
+    ({"batch_size": False}, "batch_size must be a whole number"),
+    ({"baseline": False}, "token ids must be integers"),
     ({"method": "smoothgrad", "noise": 0.0}, "noise must be above 0"),
+    ({"method": "smoothgrad", "noise": float("inf")}, "noise must be above 0, and finite"),
+    ({"method": "smoothgrad", "noise": True}, "noise must be above 0"),
+    ({"method": "smoothgrad", "noise": "much"}, "noise must be above 0"),
+    ({"method": "smoothgrad", "seed": -1}, "seed must be a whole number of at least 0"),
+    ({"method": "smoothgrad", "seed": 1.5}, "seed must be a whole number"),
     ({"metric": "kl"}, "a metric is one of logit, log_prob"),
     ({"metric": "logit_diff"}, "needs the other token"),
     ({"metric": "logit_diff", "against": 7, "targets": 7}, "compared with itself"),
@@ -530,6 +603,51 @@ def test_half_precision(dtype):
         close(found.scores, exact.scores, 0.1 if dtype == torch.bfloat16 else 0.02)
 
 
+NARROWLY = [*itertools.product(("gpt2", "llama"), (*GRADIENTS, "gradient_attention")),
+            ("mamba", "saliency")]  # fmt: skip
+"""Mamba's logits are float32 whatever it computes in."""
+
+
+@pytest.mark.parametrize("two_stages", [True, False])
+@pytest.mark.parametrize(("name", "method"), NARROWLY)
+@quiet
+def test_unlikely_tokens_in_float16(name, method, two_stages, monkeypatch):
+    """A probability of 1e-13 has gradients that float16 cannot hold; beside a likely token's."""
+    half = copy.deepcopy(built(name)).half()
+    exact = copy.deepcopy(half).float()
+    if not two_stages:
+        monkeypatch.setattr(EmbeddingPass, "_before_head", lambda self: None)
+    chances = exact(torch.tensor([IDS])).logits[0].detach().softmax(-1)
+    tokens = [int(chances[3].argmax()), int((chances[-1] / 1e-13).log().abs().argmin())]
+    assert float(chances[-1, tokens[1]]) < 1e-9
+    asked = {"targets": tokens, "target_positions": [3, LENGTH - 1], "metric": "prob"}
+    asked |= {"n_steps": 4} if method in ("integrated_gradients", "smoothgrad") else {}
+    found, wanted = (attribute_tokens(each, None, IDS, method, **asked) for each in (half, exact))
+    for row in range(2):
+        assert found.scores[row].any()
+        close(found.scores[row], wanted.scores[row], 0.2 if "grad" in method[1:] else 0.06)
+
+
+def test_what_computes_narrowly(gpt2):
+    assert not is_narrow(gpt2) and not is_narrow(copy.deepcopy(gpt2).bfloat16())
+    assert is_narrow(copy.deepcopy(gpt2).half())
+    mixed = copy.deepcopy(gpt2)
+    mixed.transformer.h[1].half()
+    assert is_narrow(mixed)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert is_narrow(gpt2) == (dtype == torch.float16)
+
+
+def test_large_gradients_in_float16():
+    half = copy.deepcopy(built("gpt2")).half()
+    plain, large = (
+        attribute_tokens(half, None, IDS, "saliency", metric=lambda z, by=by: by * z[0, -1, 7])
+        for by in (1.0, 1e6)
+    )
+    close(large.scores / 1e6, plain.scores, 1e-2)
+
+
 def test_double_precision_stays(gpt2):
     model = copy.deepcopy(gpt2).double()
     found = attribute_tokens(model, None, IDS, baseline=5, n_steps=200, targets=7)
@@ -563,6 +681,18 @@ def test_a_batch_that_does_not_fit_is_halved(gpt2, monkeypatch):
         pytest.raises(NotEnoughMemoryError, match=r"one of the steps alone.*tokens in one pass"),
     ):
         attribute_tokens(gpt2, None, IDS, n_steps=2)
+
+
+@pytest.mark.parametrize("method", ["occlusion", "integrated_gradients"])
+def test_threads_wait_for_one_another(method):
+    """Also where a baseline is looked up, while another thread exchanges embeddings."""
+    model = families.build("gpt2")
+    asked = {"method": method, "targets": 7, "check_gradients": False}
+    alone = attribute_tokens(model, None, IDS, **asked).scores
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(attribute_tokens, model, None, IDS, **asked) for _ in range(20)]
+        for run in runs:
+            close(run.result().scores, alone)
 
 
 # --- Models without a gradient --------------------------------------------------------------------
@@ -599,6 +729,42 @@ def test_a_silently_cut_graph_is_found(layer, dtype):
     with pytest.raises(ArchitectureError, match=rf"see through {name} .*method='occlusion'"):
         attribute_tokens(model, None, IDS)
     assert np.isfinite(attribute_tokens(model, None, IDS, "occlusion").scores).all()
+
+
+def test_a_verdict_ends_with_what_it_was_of():
+    """A hook that cuts the graph is found whenever it comes, and forgotten when it is gone."""
+    model = families.build("llama")
+    asked = {"method": "gradient_x_input", "targets": 7}
+    plain = attribute_tokens(model, None, IDS, **asked).scores
+    for _ in range(2):
+        with model.model.layers[1].mlp.register_forward_hook(lambda _m, _a, out: out.detach()):
+            with pytest.raises(ArchitectureError, match=r"see through model\.layers\.1\.mlp "):
+                attribute_tokens(model, None, IDS, **asked)
+            wrong = attribute_tokens(model, None, IDS, **asked, check_gradients=False).scores
+        close(attribute_tokens(model, None, IDS, **asked).scores, plain)
+    assert np.abs(wrong - plain).max() > 0.1 * np.abs(plain).max()
+    old = model.model.layers[1].mlp
+    model.model.layers[1].mlp = Cut(old)
+    with pytest.raises(ArchitectureError, match="see through"):
+        attribute_tokens(model, None, IDS, **asked)
+    model.model.layers[1].mlp = old
+    close(attribute_tokens(model, None, IDS, **asked).scores, plain)
+
+
+def test_autocast_is_low_precision_and_no_fault():
+    model = families.build("llama")
+    asked = {"method": "gradient_x_input", "targets": 7}
+    with torch.autocast("cpu", torch.bfloat16):
+        low = attribute_tokens(model, None, IDS, **asked).scores
+    plain = attribute_tokens(model, None, IDS, **asked).scores
+    close(low, plain, 0.3)
+
+
+def test_a_model_is_checked_once(gpt2, monkeypatch):
+    check_gradient(Architecture(gpt2))
+    monkeypatch.setattr("gradient_check._fault", lambda _: pytest.fail("it was checked again"))
+    attribute_tokens(gpt2, None, IDS, "saliency")
+    attribute_tokens(gpt2, None, IDS, "gradient_attention")
 
 
 def test_a_wrong_derivative_is_found():
@@ -665,6 +831,15 @@ def test_a_model_that_looks_tokens_up_twice_is_refused():
 
 
 # --- The result -----------------------------------------------------------------------------------
+
+
+def test_a_target_is_a_number_or_a_label():
+    found = some_result()
+    assert [found.index(each) for each in (1, -1, np.int64(1), " b")] == [1] * 4
+    assert type(found.index(np.int64(-1))) is int
+    for wrong in (True, 0.0, None, 2, " c"):
+        with pytest.raises(InputError):
+            found.index(wrong)
 
 
 def some_result(**changes):

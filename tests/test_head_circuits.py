@@ -253,10 +253,14 @@ def test_what_cannot_be_asked_is_refused_before_anything_runs(monkeypatch):
         copying_scores(architecture, circuit="vo")
     with pytest.raises(InputError, match="compositions are 'q', 'k' and 'v'; came 'qx'"):
         composition_scores(architecture, "qx")
+    for kinds in ("qq", 5, []):
+        with pytest.raises(InputError, match="compositions are 'q', 'k' and 'v'"):
+            composition_scores(architecture, kinds)
     with pytest.raises(LayerError, match="layer 9 is out of range"):
         copying_scores(architecture, [9])
-    with pytest.raises(InputError, match=r"k is 1 to 99 tokens; came 0"):
-        circuit_tokens(architecture, tokenizer, "1.2", " the", k=0)
+    for k in (0, 2.5, True, "3"):
+        with pytest.raises(InputError, match=f"k is 1 to 99 tokens; came {k!r}"):
+            circuit_tokens(architecture, tokenizer, "1.2", " the", k=k)
     with pytest.raises(InputError, match="no token in an empty list; None means the whole voc"):
         circuit_tokens(architecture, tokenizer, "1.2", [])
     with pytest.raises(InputError, match="token"):
@@ -272,15 +276,42 @@ def test_numbers_out_of_range_are_refused():
     architecture = Architecture(built("gpt2"))
     with pytest.raises(InputError, match="came one"):
         composition_scores(architecture, layers=[1])
-    for options in ({"directions": 9}, {"directions": 0}, {"k": 100}):
+    for options in ({"directions": 9}, {"directions": 0}, {"k": 100}, {"k": 1.0}):
         with pytest.raises(InputError, match="directions is 1 to 8 and k 1 to 99"):
             head_directions(architecture, None, "1.2", **options)
+    wide = Architecture(families.build("llama", head_dim=64))  # wider than the stream's 32
+    with pytest.raises(InputError, match="directions is 1 to 32 and k"):
+        head_directions(wide, None, "1.2", directions=33)
+    assert len(head_directions(wide, None, "1.2", directions=32).singular_values) == 32
     base = Architecture(built("gpt2").transformer)
     with pytest.raises(ArchitectureError, match="needs the language-model head"):
         copying_scores(base)
     assert copying_scores(base, circuit="qk").values.shape == (3, 4)
     with pytest.raises(SiteError, match="computes no attention"):
         copying_scores(Architecture(built("mamba")))
+
+
+def test_tokens_are_named_in_every_way():
+    architecture = Architecture(built("gpt2"))
+    for one in (5, np.int64(5), np.array(5), torch.tensor(5), [5]):
+        assert circuit_tokens(architecture, None, "1.2", one, k=3).sources == (("<5>",) * 3,)
+    for several in ((5, 6), np.array([5, 6]), torch.tensor([5, 6])):
+        found = circuit_tokens(architecture, None, "1.2", several, k=1)
+        assert found.source_ids.tolist() == [[5], [6]]
+    for wrong in ({5, 6}, 5.0, True, [[5]]):
+        with pytest.raises(InputError, match="token ids must be integers"):
+            circuit_tokens(architecture, None, "1.2", wrong)
+
+
+def test_the_first_of_a_result_are_counted():
+    scores, pairs = results()[:2]
+    assert len(scores.top(3)) == len(pairs.top(3)) == 3
+    for k in (0, -1, True, 2.5, "3"):
+        for found in (scores, pairs):
+            with pytest.raises(InputError, match="must be at least 1; came"):
+                found.top(k)
+    with pytest.raises(InputError, match="no composition 'x'; there are q, k, v"):
+        pairs.top(3, "x")
 
 
 # --- Results --------------------------------------------------------------------------------------

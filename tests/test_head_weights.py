@@ -270,6 +270,9 @@ def test_circuits_are_the_products_of_each_head_and_its_stored_one(name):
     torch.testing.assert_close(weights.ov(-1).full(), weights.ov(weights.n_heads - 1).full())
     with pytest.raises(InputError, match=r"layer 1 has 4 heads, 0\.\.3; came 4"):
         weights.qk(4)
+    for head in (True, "0", 1.5):
+        with pytest.raises(InputError, match=rf"0\.\.3; came {head!r}"):
+            weights.ov(head)
 
 
 def test_the_qk_circuit_gives_the_models_pattern():

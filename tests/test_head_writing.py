@@ -219,6 +219,14 @@ def test_some_layers_and_targets_in_every_spelling():
     np.testing.assert_allclose(part.values[0, :, 0], whole.values[2, :, 0], rtol=1e-6)
     array = head_writes(architecture, tokenizer, "the cat sat", np.array([50]), layers=[0, "2"])
     np.testing.assert_allclose(array.values[..., 0], whole.values[[0, 2], :, 1], rtol=1e-6)
+    number = head_writes(architecture, tokenizer, "the cat sat", torch.tensor(50), position=[3])
+    np.testing.assert_allclose(number.values[..., 0], whole.values[..., 1], rtol=1e-6)
+    for k in (0, -1, 1.0):
+        with pytest.raises(InputError, match="the number of rows must be at least 1"):
+            whole.top(k)
+    for target in (2, -3, True, "a"):
+        with pytest.raises(InputError, match=r"target is 0\.\.1; came"):
+            whole.plot(target)
 
 
 # --- What is refused ------------------------------------------------------------------------------
@@ -233,7 +241,11 @@ def test_what_cannot_be_read_is_refused_before_anything_runs(monkeypatch):
         ({"targets": " the cat"}, "token"),
         ({"targets": 99}, "99"),
         ({"position": 40}, "position 40"),
+        ({"position": None}, "at one position; position=None is 4"),
+        ({"position": [0, 1]}, r"at one position; position=\[0, 1\] is 2"),
+        ({"position": slice(0, 2)}, "at one position"),
         ({"k": 0}, "k is 1 to 99 tokens; came 0"),
+        ({"k": 2.5}, "k is 1 to 99 tokens; came 2.5"),
     ):
         with pytest.raises(InputError, match=message):
             head_writes(architecture, tokenizer, "the cat sat", **options)

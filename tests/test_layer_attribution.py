@@ -1,5 +1,6 @@
 """Layer attribution against captum, autograd by hand, and what units must add up to."""
 
+import copy
 import dataclasses
 import warnings
 
@@ -233,6 +234,10 @@ def test_metrics_and_tokens(gpt2):
         ({"metric": "rank"}, InputError, "no gradient everywhere"),
         ({"baseline_prompt": [1, 2]}, InputError, "7 and 2 tokens.*as many tokens"),
         ({"baseline": "pad"}, InputError, "no pad token"),
+        ({"baseline": 5, "baseline_prompt": OTHER}, InputError, "give one"),
+        ({"baseline": torch.zeros(32), "baseline_prompt": OTHER}, InputError, "give one"),
+        ({"method": "internal_influence", "rule": "left"}, InputError, "belongs to conductance"),
+        ({"metric": Metric("far", "", lambda z: z[:, 0, 1], read=(-8,))}, InputError, "-8 is out"),
         ({"baseline": torch.zeros(5)}, InputError, r"\[32\] or \[7, 32\]"),
     ],
 )
@@ -244,6 +249,31 @@ def test_requests_that_are_refused(options, error, words, gpt2):
     with pytest.raises(error, match=words):
         layer_attribution(model, None, PROMPT, **(CHOSEN | options))
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("method", ["conductance", "internal_influence", "integrated_gradients"])
+def test_unlikely_tokens_in_float16(gpt2, method):
+    """Their probability's gradient is below what float16 holds."""
+    half = copy.deepcopy(gpt2).half()
+    exact = copy.deepcopy(half).float()
+    order = hooked_logits(exact, PROMPT, [])[0, -1].argsort(descending=True)
+    asked = {"metric": "prob", "answer": int(order[60]), "n_steps": 6, "show_progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompletenessWarning)
+        found, wanted = (
+            layer_attribution(each, None, PROMPT, "mlp_neurons", method, layers=[2],
+                              baseline_prompt=OTHER, **asked)
+            for each in (half, exact)
+        )  # fmt: skip
+    scale = np.abs(wanted.values).max()
+    assert 0 < scale < 1e-9
+    np.testing.assert_allclose(found.values / scale, wanted.values / scale, atol=0.1)
+
+
+def test_numbers_that_are_none_are_told(gpt2):
+    with pytest.warns(UserWarning, match="no finite numbers"):
+        layer_attribution(gpt2, None, PROMPT, layers=[0], metric=lambda z: z[0, -1, 1] * torch.nan,
+                          show_progress=False)  # fmt: skip
 
 
 def test_a_model_without_head(gpt2):

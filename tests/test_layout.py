@@ -19,6 +19,7 @@ LAYERS = (
         "lens_rows",
         "memory_limits",
         "module_devices",
+        "gradient_scale",
         "token_labels",
         "attention_page",
         "highlight_page",

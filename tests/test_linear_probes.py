@@ -1,5 +1,6 @@
 """Linear probes: scikit-learn's own pipeline is the oracle, and planted answers are found."""
 
+import functools
 import math
 
 import numpy as np
@@ -16,10 +17,11 @@ from sklearn.model_selection import (
 )
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import families
 from activation_extraction import ActivationExtractor
-from activation_rows import ActivationRows, read_rows, rows_of
+from activation_rows import ActivationRows, read_rows, rows_of, varies
 from forward_pass import InputError, LayerError, SiteError
 from linear_probes import fit_probes, train_probes
 from model_architecture import Architecture
@@ -174,7 +176,9 @@ def test_the_direction_is_in_activations_own_units():
 
 
 def test_lengths_of_a_direction():
-    x, labels = clouds(60, 6, 3, 1.0)
+    x, labels = clouds(90, 6, 3, 1.0)
+    rare = np.flatnonzero(np.array(labels) == "c2")[10:]  # the rest is no mean of class means
+    x, labels = np.delete(x, rare, 0), np.delete(labels, rare).tolist()
     found = fit_probes(x, labels, controls=0)
     own = np.array(labels) == "c1"
     unit = found.direction(0, "c1").vector.double().numpy()
@@ -299,6 +303,22 @@ def test_groups_of_one_label_change_it_whole_and_get_new_folds():
         for train, test in splits:
             assert not set(groups[train]) & set(groups[test])
             assert sorted(found[test]) == [0, 0, 0, 1, 1, 1]
+
+
+def test_permuted_groups_are_tried_on_their_new_folds():
+    rng = np.random.default_rng(2)
+    x, groups = rng.normal(size=(48, 5)).astype(np.float32), np.repeat(np.arange(12), 4)
+    labels = np.array(["a", "b"])[groups % 2].tolist()
+    found = fit_probes(x, labels, groups=groups, folds=3, controls=0, permutations=6, seed=4)
+    plan = make_plan(labels, 48, groups=groups, folds=3, controls=0, permutations=6, seed=4)
+    generator, expected, others = np.random.default_rng(4), [], []
+    for _ in range(6):
+        permuted, folds = plan.permuted(generator)
+        for cv, scores in ((folds, expected), (plan.splits, others)):
+            said = cross_val_predict(pipeline("classification", 1.0), x, permuted, cv=cv)
+            scores.append(np.mean(said == permuted))
+    assert found.null[0] == pytest.approx(expected)
+    assert not np.allclose(expected, others)
 
 
 def test_labels_within_groups_change_places_there():
@@ -431,6 +451,53 @@ def at_of(tokenizer, ids, word):
     return [tokenizer.decode([i]).strip() for i in ids].index(word)
 
 
+@functools.cache
+def rounded_rows():
+    """The first token's vector, which no later token can change, of texts of 2 and of 21 tokens."""
+    config = GPT2Config(vocab_size=99, n_embd=768, n_layer=2, n_head=12, n_positions=32)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    rng = np.random.default_rng(0)
+    texts = [[1, *rng.integers(2, 99, size=20 if i % 2 else 1).tolist()] for i in range(24)]
+    return read_rows(model, None, texts, read=0, batch_size=1)
+
+
+def spoiled(x, size):
+    """Rows that are one row, but for some roundings of its dtype, larger in every second one."""
+    noise = np.random.default_rng(1).normal(size=x.shape) * (1 + np.arange(len(x)) % 2)[:, None]
+    return (x + size * np.finfo(x.dtype).eps * noise).astype(x.dtype)
+
+
+ONE = np.random.default_rng(3).normal(size=(1, 40)).astype(np.float32).repeat(24, 0)
+
+
+def test_what_differs_by_rounding_does_not_vary():
+    rows = rounded_rows()
+    for place in range(len(rows.layers)):
+        assert not varies(rows.values[:, place])
+    for x in (ONE, ONE.astype(np.float64), np.zeros((5, 3)), np.full((5, 3), 0.1)):
+        assert not varies(x)
+    assert not varies(spoiled(ONE, 10))
+    assert not varies(spoiled(ONE.astype(np.float64), 10))
+    assert varies(spoiled(ONE, 1000).astype(np.float64))  # beyond what float64 rounds
+    assert varies(spoiled(ONE, 1000))
+    one_feature = ONE.copy()
+    one_feature[::2, 7] += 0.01
+    assert varies(one_feature)
+    huge = np.random.default_rng(4).normal(size=(24, 40)).astype(np.float32)
+    huge[:, 0] = 1e9  # a constant feature hides none of the others
+    assert varies(huge)
+
+
+def test_rounding_says_nothing_of_labels():
+    """Without the threshold the order of sums tells long texts from short ones: 1.0, not 0.5."""
+    for rows in (rounded_rows(), spoiled(ONE, 10)[:, None]):
+        found = fit_probes(rows, [0, 1] * 12, folds=4, permutations=9, controls=0)
+        assert found.scores == pytest.approx(0.5)
+        assert found.p_values == pytest.approx(1)
+        assert not found.weights.any()
+
+
 def test_heads_are_parts_of_one_vector(tiny):
     model, _ = tiny
     prompts = [[5, 9, 12], [7, 5, 30]]
@@ -491,7 +558,16 @@ REFUSED = [
     ({"labels": list(range(12))}, "12 different labels"),
     ({"labels": ["a"] * 10 + ["b"] * 2}, "class 'b' has 2 examples"),
     ({"labels": [1.0] * 12}, "not all the same"),
-    ({"labels": [float("nan")] + [1.0] * 11}, "finite"),
+    ({"labels": [float("inf")] + [1.0] * 11}, "finite"),
+    ({"labels": [float("nan")] + [1.0] * 11}, r"labels\[0\] is missing \(nan\)"),
+    ({"labels": ["a", *[float("nan")] * 11]}, r"labels\[1\] is missing \(nan\)"),
+    ({"labels": ["a", None] * 6}, r"labels\[1\] is missing \(None\)"),
+    ({"labels": Y, "groups": [*range(11), None]}, r"groups\[11\] is missing"),
+    ({"labels": np.eye(2)[[0, 1] * 6]}, r"labels\[0\] must be one value, not several"),
+    ({"labels": np.array([[0], [1]] * 6)}, r"labels\[0\] must be one value, not several"),
+    ({"labels": [torch.zeros(2)] * 12}, r"labels\[0\] must be one value, not several"),
+    ({"labels": dict.fromkeys(range(12), "a")}, "one entry per example"),
+    ({"labels": Y, "groups": set(range(12))}, "one entry per example"),
     ({"labels": Y, "task": "regression"}, "numbers"),
     ({"labels": Y, "task": "ranking"}, "task is"),
     ({"labels": Y, "groups": Y}, "2 groups cannot be split into 5"),
@@ -502,6 +578,11 @@ REFUSED = [
     ({"labels": Y, "folds": 1}, "folds must be an integer, at least 2"),
     ({"labels": Y, "folds": 7}, "class 'a' has 6 examples"),
     ({"labels": Y, "penalty": 0}, "penalty"),
+    ({"labels": Y, "penalty": "1"}, "penalty"),
+    ({"labels": Y, "penalty": True}, "penalty"),
+    ({"labels": Y, "penalty": float("inf")}, "penalty"),
+    ({"labels": Y, "seed": -1}, "seed must be an integer, at least 0; came -1"),
+    ({"labels": Y, "seed": "a"}, "seed"),
     ({"labels": Y, "controls": -1}, "controls"),
     ({"labels": Y, "permutations": 2.0}, "permutations"),
 ]
@@ -536,6 +617,8 @@ def test_folds_that_leave_a_class_unknown_are_refused_before_anything_runs():
         ([[5, 6]] * 12, {"types": "token"}, InputError, "one type"),
         ([[5, 6]] * 12, {"at": [0]}, InputError, "at holds one"),
         ([[5, 6]] * 12, {"batch_size": 0}, InputError, "batch_size"),
+        ([[5, 6]] * 12, {"batch_size": "8"}, InputError, "batch_size"),
+        ([[5, 6]] * 12, {"site": "head_out", "head": True}, SiteError, "heads 0..3; came True"),
     ],
 )
 def test_bad_texts_are_refused_and_leave_no_hook(tiny, texts, options, error, message):
@@ -554,8 +637,18 @@ def test_arrays_of_other_shapes_and_nan_are_refused():
         rows_of(np.full((2, 3), np.nan))
     with pytest.raises(InputError, match="2 layers for a layer axis of 3"):
         rows_of(np.zeros((4, 3, 2)), [0, 1])
+    for nothing in (None, [["a"]], [[1, 2], [3]]):
+        with pytest.raises(InputError, match="records, or an array of numbers"):
+            rows_of(nothing)
+    for layers in (["h.1", "h.2"], [True, 2], [1, 1], [-1, 0], [0.5, 1], 1.0):
+        with pytest.raises(InputError, match="layers of an array are the numbers of its blocks"):
+            rows_of(np.zeros((4, 2, 3)), layers)
+    assert rows_of(np.zeros((4, 2, 3)), ["4", np.int64(2)]).layers == (4, 2)
     rows = ActivationRows(np.zeros((4, 2, 3), np.float32), (3, 5))
     assert rows_of(rows, [5]).layers == (5,)
+    for layers in (True, [True]):
+        with pytest.raises(LayerError, match="no rows of layer True"):
+            ActivationRows(np.zeros((4, 2, 3), np.float32), (0, 1)).at_layers(layers)
     with pytest.raises(LayerError, match="no rows of layer 4"):
         rows_of(rows, [4])
 
@@ -570,6 +663,10 @@ def test_questions_that_a_result_cannot_answer():
         found.direction(0, "a", "long")
     with pytest.raises(InputError, match=r"activations are \[…, 4\]"):
         found.predict(np.zeros(3), 0)
+    with pytest.raises(InputError, match="NaN or infinity"):
+        found.predict(np.full(4, np.nan), 0)
+    with pytest.raises(LayerError, match="layer False was not probed"):
+        found.score(False)
     numbers = fit_probes(X, X[:, 0], controls=0)
     with pytest.raises(InputError, match="no classes"):
         numbers.confusion(0)

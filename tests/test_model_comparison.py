@@ -213,6 +213,26 @@ def test_changes_are_frobenius_norms():
     assert found.parts[place] == "attention"
 
 
+def test_a_parameter_that_holds_nan_has_not_stayed():
+    """A broken fine-tune: NaN is not less than any change, and no sum leaves it out."""
+    one = families.build("gpt2")
+    two = copy.deepcopy(one)
+    with torch.no_grad():
+        two.transformer.h[1].mlp.c_fc.weight[0, 0] = torch.nan
+        two.transformer.h[2].mlp.c_fc.weight[0, 0] += 1
+    found = compare_weights(one, two)
+    relative = dict(zip(found.names, found.relative, strict=True))
+    assert np.isnan(relative["transformer.h.1.mlp.c_fc.weight"])
+    assert relative["transformer.h.2.mlp.c_fc.weight"] > 0
+    assert relative["transformer.h.0.mlp.c_fc.weight"] == 0
+    table = found.by_layer()
+    assert np.isnan(table.loc[1, "mlp"]) and table.loc[2, "mlp"] > 0 and table.loc[0, "mlp"] == 0
+    assert repr(found).startswith("WeightChanges(2 of 40 parameters moved, relative change nan")
+    broken = compare_models(two, None, two, [[3, 4, 5, 6, 7]], weights=False)
+    assert broken.agreement.tolist() == [1, 1, 0, 0]
+    assert np.isnan(broken.lens_kl[2:]).all()
+
+
 def test_every_parameter_has_its_place(family):
     _, model = family
     arch = Architecture(model)

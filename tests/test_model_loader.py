@@ -300,7 +300,11 @@ def test_a_folder_or_file_without_a_model(gpt2_folder, tmp_path):
         load_model(gpt2_folder / "config.json")
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"model_type": "nonsense"}'])
+BROKEN_CONFIGS = ["{", "{}", "[]", "null", "5", '{"model_type": "nonsense"}', '{"model_type": []}',
+                  '{"model_type": "gpt2", "n_layer": "three"}']  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BROKEN_CONFIGS)
 def test_a_broken_config(broken, content):
     (broken / "config.json").write_text(content)
     for load in (load_model, ModelInspector):
@@ -329,6 +333,22 @@ def test_weights_that_are_no_weights(broken):
     (broken / "model.safetensors").unlink()
     (broken / "pytorch_model.bin").write_bytes(b"garbage " * 50)
     with pytest.raises(ModelLoadError, match="broken: no PyTorch file of plain tensors"):
+        load_model(broken)
+
+
+@pytest.mark.parametrize("content", [b"", [1, 2], None])
+def test_an_empty_or_strange_pytorch_file(broken, content):
+    (broken / "model.safetensors").unlink()
+    file = broken / "pytorch_model.bin"
+    file.write_bytes(content) if content == b"" else torch.save(content, file)
+    with pytest.raises(ModelLoadError, match=r"cannot load the weights of .*broken: .*\w"):
+        load_model(broken)
+
+
+def test_a_config_that_no_model_can_be_made_from(broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"activation_function": "zzz"}))
+    with pytest.raises(ModelLoadError, match=r"cannot load the weights of .*: KeyError 'zzz'"):
         load_model(broken)
 
 

@@ -464,6 +464,37 @@ def test_there_is_some_memory():
     assert free_bytes(torch.device("cpu")) > 2**20
 
 
+GIB = 2**30
+GROUPS = {
+    "second": ("0::/box\n", "box", "memory.max", "memory.current", "inactive_file"),
+    "root": ("0::/not/seen/inside\n", "", "memory.max", "memory.current", "inactive_file"),
+    "first": ("9:cpu:/a\n4:memory,x:/box\n", "memory/box", "memory.limit_in_bytes",
+              "memory.usage_in_bytes", "total_inactive_file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_what_is_free_is_what_a_container_may_use(kind, tmp_path, monkeypatch):
+    """Written as Linux does: a limit of 4 GiB, 3 in use, of which 1 is cached files."""
+    listed, place, limit, used, idle = GROUPS[kind]
+    monkeypatch.setattr("memory_limits.PROC", tmp_path / "proc")
+    monkeypatch.setattr("memory_limits.CGROUPS", tmp_path / "groups")
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    meminfo = f"MemTotal: {99 * 2**20} kB\nMemFree: 5 kB\nMemAvailable:   {8 * 2**20} kB\n"
+    (tmp_path / "proc" / "meminfo").write_text(meminfo)
+    cpu = torch.device("cpu")
+    assert free_bytes(cpu) == 8 * GIB, "what caches of files would give back counts"
+    (tmp_path / "proc" / "self" / "cgroup").write_text(listed)
+    group = tmp_path / "groups" / place
+    group.mkdir(parents=True)
+    (group / used).write_text(f"{3 * GIB}\n")
+    (group / "memory.stat").write_text(f"anon {2 * GIB}\n{idle} {GIB}\n")
+    (group / limit).write_text(f"{4 * GIB}\n")
+    assert free_bytes(cpu) == 2 * GIB
+    (group / limit).write_text("max\n")
+    assert free_bytes(cpu) == 8 * GIB
+
+
 def test_the_extractor_says_nothing_where_there_is_enough(gpt2, recwarn):
     ActivationExtractor(gpt2).extract_batch_activations(ROWS, **QUIET)
     assert len(recwarn) == 0

@@ -114,7 +114,19 @@ def test_the_table_is_cka_of_each_pair_and_minibatches_average_hsic():
 
 
 def test_what_does_not_vary_has_no_cka():
-    assert np.isnan(linear_cka(np.ones((10, 3)), X[:10]))
+    """Also where the mean is not exact, and where rows differ by rounding: NaN, and no number."""
+    line = X[:1].repeat(10, 0)
+    near = line.astype(np.float32) * (1 + 1e-7 * np.arange(-5, 5)[:, None]).astype(np.float32)
+    assert np.ptp(near, axis=0).any()
+    for x in (np.ones((10, 3)), np.full((10, 3), 0.1), line, near):
+        for debiased in (False, True):
+            for form in ("features", "gram"):
+                assert np.isnan(linear_cka(x, X[:10], debiased=debiased, form=form))
+            table = cka_table(
+                np.stack([x, X[:10, : x.shape[1]].astype(x.dtype)], 1), None, debiased
+            )
+            assert np.isnan(table[0]).all() and np.isnan(table[:, 0]).all()
+            assert table[1, 1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +136,7 @@ def test_what_does_not_vary_has_no_cka():
         ((X[:3], Y[:3]), {"debiased": True}, "at least 4 rows"),
         ((X[0], Y), {}, r"\[row, feature\]"),
         ((X, Y), {"form": "kernel"}, "form is"),
+        ((np.full((10, 3), np.nan), Y[:10]), {}, "NaN or infinity"),
     ],
 )
 def test_representations_that_do_not_correspond_are_refused(arguments, options, message):
@@ -248,7 +261,11 @@ def test_prompts_by_cka_of_their_tokens():
         (layer_similarity, ("text",), {}, InputError, "list of prompts"),
         (layer_similarity, ([[5, 6]] * 3,), {"layers": [9]}, LayerError, "9"),
         (layer_similarity, ([[5, 6]] * 3,), {"site": "attn_pattern"}, SiteError, "as many"),
+        (layer_similarity, ([[5, 6]] * 3, "a/folder"), {}, InputError, "other is a loaded model"),
+        (layer_similarity, ([[5, 6]] * 3,), {"batch_size": "8"}, InputError, "batch_size"),
         (prompt_similarity, ([[5, 6]], 0), {}, InputError, "at least two"),
+        (prompt_similarity, ([[5, 6], [7]], 0), {"read": "each"}, InputError, "several vectors"),
+        (prompt_similarity, ([[5, 6], [7]], 0), {"centred": True}, InputError, "-1 always"),
         (prompt_similarity, ([[5, 6], [5]], 0), {"metric": "cka"}, InputError, "2, 1"),
         (prompt_similarity, ([[5], [6]], 0), {"metric": "cka"}, InputError, "two at least"),
         (prompt_similarity, ([[5, 6], [5]], 0), {"metric": "dot"}, InputError, "cka, cosine"),

@@ -12,9 +12,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from browser import CHROMIUM, DRIVER, browser
+from heat_maps import NO_VALUE
 from highlight_view import highlight_view, limit_of
 from test_gradient_attribution import some_result
-from text_highlight import LINE, plot_targets, plot_text, text_boxes
+from text_highlight import LINE, plot_targets, plot_text, text_boxes, text_scale
 
 HOSTILE = (
     " the",
@@ -57,6 +58,14 @@ def test_a_token_longer_than_a_line_is_shortened():
     assert box.text.endswith("…") and box.width <= 60
 
 
+@pytest.mark.parametrize("text", ["wonderful", "x" * 40, "abc", "……………", "ab"])
+def test_the_narrowest_line_ends_too(text):
+    widths = [text_boxes([text], float(width))[0].width for width in range(60, 0, -1)]
+    assert widths == sorted(widths, reverse=True)
+    (box,) = text_boxes([text], 1.0)
+    assert 1 <= len(box.text) <= 2
+
+
 # --- The picture ----------------------------------------------------------------------------------
 
 
@@ -90,6 +99,12 @@ def test_sizes_start_at_white():
     assert figure.axes[0].child_axes[0].get_xlim() == (0, 4)
 
 
+def test_tokens_that_are_not_reached_set_no_colours():
+    for signed in (True, False):
+        scale = text_scale(np.array([0.0] * 90 + [0.1] * 6 + [3.0] * 4), signed)
+        assert scale.high == 3 and not scale.above.any()
+
+
 def test_a_value_far_outside_is_marked():
     scores = np.random.default_rng(0).standard_normal(50)
     scores[7] = 80
@@ -108,6 +123,8 @@ def test_a_long_text_keeps_its_end_and_says_so():
     shown = [text for text in texts_of(figure) if text == "·word"]
     note = next(text for text in texts_of(figure) if "not shown" in text)
     assert str(3000 - len(shown)) in note and 0 < len(shown) < 200
+    heights = {text.get_text(): text.get_position()[1] for text in reversed(figure.axes[0].texts)}
+    assert heights["·word"] <= heights[note] - LINE + 1, "below what the first line says"
     assert figure.get_figheight() < 3
 
 
@@ -133,6 +150,27 @@ def test_on_axes_that_are_given():
 def test_all_numbers_alike_or_missing_are_drawn():
     for scores in (np.zeros(3), np.full(3, np.nan), np.array([np.inf, 1.0, -1.0])):
         assert len(colors_of(plot_text(scores, ["a", "b", "c"]))) == 3
+
+
+def test_a_token_without_a_number_is_no_zero():
+    figure = plot_text(np.array([2.0, np.nan, 0.0, -2.0]), [" the"] * 4)
+    (hatched,) = [p for p in figure.axes[0].patches if p.get_gid() == "missing"]
+    boxes = text_boxes([" the"] * 4, 500.0)
+    assert hatched.get_x() == pytest.approx(boxes[1].left) and hatched.get_hatch()
+    assert colors_of(figure)[1][:3] == pytest.approx(NO_VALUE[:3])
+    assert "hatched: no number" in figure.axes[0].child_axes[0].get_xlabel()
+    calm = plot_text(np.array([2.0, 0.0]), ["a", "b"])
+    assert "hatched" not in calm.axes[0].child_axes[0].get_xlabel() and not calm.axes[0].patches
+
+
+def test_a_mark_counts_from_the_end_too():
+    figure = plot_text(np.ones(3), ["a", "b", "c"], mark=-1)
+    (mark,) = [p for p in figure.axes[0].patches if p.get_gid() == "mark"]
+    assert mark.get_x() == pytest.approx(text_boxes(["a", "b", "c"], 500.0)[2].left)
+    with pytest.raises(ValueError, match=r"mark must be a position, 0\.\.2; came 3"):
+        plot_text(np.ones(3), ["a", "b", "c"], mark=3)
+    cut = plot_text(np.ones(3000), [" word"] * 3000, mark=0, max_lines=5)
+    assert "outlined" not in cut.axes[0].child_axes[0].get_xlabel(), "it is not shown"
 
 
 @pytest.mark.parametrize(
