@@ -37,7 +37,7 @@ from forward_pass import (
     record,
     resume,
 )
-from interrupts import UndoStack
+from interrupts import UndoStack, no_grad
 from model_architecture import Architecture
 from module_devices import exact
 
@@ -106,7 +106,7 @@ class ArchitectureReport:
             raise ArchitectureError(f"the model does not behave as its structure says:\n{self}")
 
 
-@torch.no_grad()
+@no_grad()
 def check_architecture(architecture: Architecture) -> ArchitectureReport:
     """Prove by numbers that the structure found in a model is the right one.
 

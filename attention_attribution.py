@@ -18,6 +18,7 @@ from torch import Tensor
 from embedding_pass import EmbeddingPass, Measure, differentiable
 from forward_pass import Site, SiteError, record
 from gradient_scale import GradientScale
+from interrupts import enable_grad
 from model_architecture import Architecture
 from module_devices import exact
 
@@ -102,7 +103,7 @@ def gradient_attention(
         ArchitectureError: the model has no gradient.
     """
     rows, scale = [], GradientScale(opened.architecture.model)
-    with torch.enable_grad(), differentiable(opened.name):
+    with enable_grad(), differentiable(opened.name):
         leaf = opened.embedding.detach()[None].requires_grad_()
         values = measure(scale.widen(opened.logits(leaf)))
         patterns = [_square(each, opened.length) for each in opened.kept.values()]

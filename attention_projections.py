@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from forward_pass import Hook, ModuleTap, Site, SiteError, attached, edit, evaluate, recording
-from interrupts import UndoStack
+from interrupts import UndoStack, no_grad
 from model_architecture import Architecture
 from module_devices import exact, stored_matrix
 from norm_gain import fit_norm, noise_like, seeded
@@ -97,7 +97,7 @@ class Projection(NamedTuple):
 # --- Watching -------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@no_grad()
 def watch_attention(architecture: Architecture, layers: Sequence[int]) -> dict[int, Watched]:
     """Give every attention module noise in one pass of single tokens, and keep what its parts did.
 
@@ -196,7 +196,7 @@ class Reading:
     """Whether queries or keys depend on the position (rotary embeddings)."""
 
 
-@torch.no_grad()
+@no_grad()
 def watch_reading(architecture: Architecture, layers: Sequence[int]) -> dict[int, Reading]:
     """See which key/value head each head reads, in one pass of two tokens.
 
@@ -309,7 +309,7 @@ def _candidates(call: Call) -> Iterator[tuple[Tensor, Tensor]]:
 def _answers(call: Call, n_in: int) -> tuple[Tensor, Tensor]:
     """How a module answers the unit vectors, less how it answers zero; and the latter."""
     basis = torch.eye(n_in, device=call.taken.device, dtype=call.taken.dtype)[:, None]
-    with torch.no_grad():
+    with no_grad():
         bias = call.module.forward(torch.zeros_like(basis[:1])).reshape(-1)
         rows = [call.module.forward(chunk).reshape(len(chunk), -1) for chunk in basis.split(CHUNK)]
     return torch.cat(rows) - bias, bias

@@ -16,6 +16,7 @@ from torch import Tensor
 from embedding_pass import Measure
 from forward_pass import InputError
 from gradient_record import differentiable
+from interrupts import enable_grad
 from logit_metrics import UNITS, make_metric, reads_of
 from tokenization import Positions, resolve_positions, token_id, token_strings
 
@@ -78,7 +79,7 @@ class Targets:
         if self.function is None:
             return self
         leaf = logits.detach().clone().to(torch.promote_types(logits.dtype, torch.float32))
-        with torch.enable_grad():
+        with enable_grad():
             leaf.requires_grad_()
             total = differentiable([self.measure(read)], leaf, self.metric).sum()
         (slope,) = torch.autograd.grad(total, leaf, allow_unused=True, materialize_grads=True)

@@ -34,6 +34,7 @@ from base_run import BaseRun, run_base
 from edited_runs import Run, Work, abilities, run_edited
 from forward_pass import InputError, ModuleTap, Site, SiteError, attached
 from growing_pass import Edit
+from interrupts import no_grad
 from logit_metrics import Metric, make_metric, reads_of
 from model_architecture import Architecture
 from module_devices import exact
@@ -272,7 +273,7 @@ def subject_positions(
     return found[0]
 
 
-@torch.no_grad()
+@no_grad()
 def embedding_std(architecture: Architecture) -> float:
     """Standard deviation of the token embeddings: all entries, over the whole vocabulary."""
     embedding: Any = architecture.model.get_input_embeddings()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from forward_pass import ArchitectureError, evaluate
-from interrupts import UndoStack
+from interrupts import UndoStack, no_grad
 from module_devices import exact
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def is_doubtful(model: PreTrainedModel) -> bool:
     )
 
 
-@torch.no_grad()
+@no_grad()
 def later_token_effect(model: nn.Module, body: nn.Module, inputs: Mapping[str, Tensor]) -> float:
     """How much the last token changes what ``body`` returns at earlier positions.
 

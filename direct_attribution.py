@@ -31,6 +31,7 @@ from torch import Tensor
 
 from forward_pass import InputError, Site, SiteError
 from head_circuits import token_ids_of
+from interrupts import no_grad
 from logit_attribution import LogitAttribution
 from logit_split import LogitSplit
 from logit_tail import find_tail, require_one_stream
@@ -53,7 +54,7 @@ Tokens = Sequence[str | int] | str | int | None
 """A token as text or id, or several."""
 
 
-@torch.no_grad()
+@no_grad()
 def logit_attribution(
     architecture: Architecture,
     tokenizer: PreTrainedTokenizerBase | None,

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from base_run import BaseRun, run_base
 from forward_pass import ArchitectureError, InputError, Site, evaluate
 from growing_pass import Edit, edit_rows, put_edit, resume_growing
-from interrupts import UndoStack
+from interrupts import UndoStack, no_grad
 from memory_limits import free_bytes, in_batches, in_words, is_out_of_memory
 from model_architecture import Architecture
 from model_shards import smallest
+from module_devices import modules_of
 
 PROBE_TOKENS = 6
 """Tokens on which `abilities` are tried."""
@@ -97,7 +98,7 @@ Reduce = Callable[[Tensor, Tensor], Tensor]
 """Numbers of the runs ``[row]``, and logits ``[row, read, vocab]`` → a value each, ``[row, …]``."""
 
 
-@torch.no_grad()
+@no_grad()
 def run_edited(
     architecture: Architecture,
     base: BaseRun,
@@ -347,7 +348,7 @@ def abilities(architecture: Architecture) -> Abilities:
     architecture.require_head("running edited prompts")
     model = architecture.model
     kind = getattr(architecture.config, "_attn_implementation", None), model.dtype
-    fingerprint = hash((kind, *(id(module) for module in model.modules())))
+    fingerprint = hash((kind, *(id(module) for module in modules_of(model))))
     known = _ABILITIES.get(model)
     if known is None or known[0] != fingerprint:
         known = (fingerprint, _try_abilities(architecture))

@@ -32,7 +32,7 @@ from forward_pass import (
     recording,
 )
 from gradient_scale import GradientScale
-from interrupts import UndoStack
+from interrupts import UndoStack, enable_grad, no_grad
 from memory_limits import free_bytes, in_words, is_out_of_memory
 from model_architecture import Architecture
 from model_lock import hold
@@ -186,7 +186,7 @@ class EmbeddingPass:
         """
         scale = GradientScale(self.architecture.model, by_position=measure.slots is not None)
         try:
-            with torch.enable_grad(), differentiable(self.name):
+            with enable_grad(), differentiable(self.name):
                 leaf = points.detach().requires_grad_()
                 values = measure(scale.widen(self.logits(leaf)))
                 self._pull_back(values, measure, leaf, scale, take)
@@ -266,7 +266,7 @@ def embedding_pass(
         stack.enter_context(attached(taps))
         stack.enter_context(attached(looks, last=True))
         stack.callback(opened.kept.clear)
-        with torch.no_grad():
+        with no_grad():
             opened.base = opened.logits(None).detach()
         yield opened
 
@@ -330,7 +330,7 @@ def differentiable(name: str) -> Iterator[None]:
 # --- Embeddings to compare with -------------------------------------------------------------------
 
 
-@torch.no_grad()
+@no_grad()
 def token_embeddings(architecture: Architecture, ids: Sequence[int]) -> Tensor:
     """What the embedding gives for some tokens by themselves, ``[token, d]``."""
     given = torch.tensor([list(ids)], device=architecture.input_device)

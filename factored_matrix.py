@@ -169,11 +169,18 @@ class FactoredMatrix:
         return found.gather(-1, order)
 
     def svd(self) -> SingularVectors:
-        """Singular values and vectors; the cost is (m + n)·r², not m·n·min(m, n)."""
+        """Singular values and vectors; the cost is (m + n)·r², not m·n·min(m, n).
+
+        A pair of vectors may be multiplied by −1 together; here the entry of the left one that is
+        largest in size is positive, so that every computer gives the same signs.
+        """
         q_left, r_left = torch.linalg.qr(self.left)
         q_right, r_right = torch.linalg.qr(self.right.mT)
         u, values, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
-        return SingularVectors(q_left @ u, values, vh @ q_right.mT)
+        left, right = q_left @ u, vh @ q_right.mT
+        largest = left.gather(-2, left.abs().argmax(-2, keepdim=True))
+        sign = torch.where(largest < 0, -1, 1).to(left)
+        return SingularVectors(left * sign, values, right * sign.mT)
 
     def top_entries(self, k: int = 10, *, largest: bool = True) -> TopEntries:
         """The ``k`` largest (or smallest) entries, without more than a chunk of the matrix.

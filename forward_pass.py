@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from interrupts import UndoStack, interrupts_held, until_closed
 from memory_limits import explain
 from model_lock import ModelLock, hold, lock_of
+from module_devices import modules_of
 from module_taps import (
     PLAIN,
     ModuleTap,
@@ -446,7 +447,7 @@ def evaluate(stack: ExitStack, model: nn.Module) -> None:
     """
     hold(stack, model)
     stack.push(explain)
-    for module in model.modules():
+    for module in modules_of(model):
         if module.training:
             stack.callback(setattr, module, "training", True)
             module.training = False

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from embedding_pass import EmbeddingPass, Measure, differentiable, embedding_pass
 from forward_pass import ArchitectureError, Hook, Tap, attached, read_hidden
 from gradient_scale import autocast_dtype
+from interrupts import enable_grad, no_grad
 from model_architecture import Architecture
 from module_devices import exact
 from module_taps import Turn, hook_in_turn
@@ -176,7 +177,7 @@ def _without_graph(
     taps: list[tuple[Tap, Hook]] = [
         (_OutputTap(part), looking(name)) for part, name in parts.items()
     ]
-    with torch.enable_grad(), differentiable(opened.name), attached(taps, last=True):
+    with enable_grad(), differentiable(opened.name), attached(taps, last=True):
         leaf = embeddings.to(opened.embedding.dtype)[None].requires_grad_()
         if not opened.logits(leaf).requires_grad:
             raise RuntimeError("the output does not require grad")
@@ -226,7 +227,7 @@ def _along_line(opened: EmbeddingPass, away: float, step: float, seed: int) -> f
 
     plan = GradientPlan(points, torch.from_numpy(weights), line)
     slopes, _ = weighted_gradients(opened, measure, plan)
-    with torch.no_grad():
+    with no_grad():
         ends = torch.stack([center - line, center + line]).to(opened.embedding.dtype)
         values = measure(opened.logits(ends)).cpu().double().numpy()
     change, integral = values[1] - values[0], slopes.sum(-1)

@@ -37,7 +37,7 @@ from head_circuit_result import is_count, padded
 from head_circuits import texts_of, through_vocabulary, token_ids_of, unembedding
 from head_weights import OutputWeights, layers_with_heads, output_weights
 from head_writing_result import HeadWrites, WeightedPatterns
-from interrupts import UndoStack
+from interrupts import UndoStack, no_grad
 from model_architecture import Architecture, Layer
 from model_inspection import weight_of
 from module_devices import exact
@@ -141,7 +141,7 @@ class _Point:
         return seen[0], seen[1]
 
 
-@torch.no_grad()
+@no_grad()
 def head_writes(
     architecture: Architecture,
     tokenizer: PreTrainedTokenizerBase | None,

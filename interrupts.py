@@ -4,6 +4,8 @@
     interrupts_held     a context in which Ctrl-C waits
     until_closed        registers a hook that a stack removes
     breathe             lets one through, within it
+    no_grad             torch's own, which Ctrl-C finds before it is entered or after it is left
+    enable_grad         the same
 
 An exception can come between any two steps of Python code. Between "a hook is attached" and "its
 removal is noted", or as an ``__exit__`` begins, it would leave hooks on a model. So while a stack
@@ -24,6 +26,8 @@ from contextlib import AbstractContextManager, ExitStack
 from types import FrameType
 from typing import Any, TypeVar
 from weakref import ref
+
+import torch
 
 T = TypeVar("T")
 
@@ -176,3 +180,27 @@ class UndoStack(ExitStack):
                 self._stands = False
                 _keeper.step_aside()
             _keeper.let_go(self)
+
+
+class _Watched:
+    """A context of torch's during which our handler stands, so that it is left whole."""
+
+    _stands = False
+
+    def __enter__(self) -> None:
+        self._stands = _keeper.stand()
+        super().__enter__()  # type: ignore[misc]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[misc]
+        if self._stands:
+            self._stands = False
+            _keeper.step_aside()
+
+
+class no_grad(_Watched, torch.no_grad):
+    """`torch.no_grad`, also as a decorator; no Ctrl-C leaves it switched on."""
+
+
+class enable_grad(_Watched, torch.enable_grad):
+    """`torch.enable_grad`, also as a decorator; no Ctrl-C leaves it switched on."""

@@ -29,7 +29,7 @@ from causal_tracing import CausalTracer, trace_subject
 from feature_attribution import attribute_features, compute_feature_attribution
 from forward_pass import InputError, Site, evaluate
 from generation import generate_text
-from interrupts import UndoStack
+from interrupts import UndoStack, no_grad
 from intervention_handler import (
     ActivationPatch,
     InterventionHandler,
@@ -243,7 +243,7 @@ def _check_positions(handler: InterventionHandler, length: int) -> None:
             resolve_positions(spec, length)
 
 
-@torch.no_grad()
+@no_grad()
 def _logits(handler: InterventionHandler, ids: Sequence[int], patched: bool = True) -> Tensor:
     arch = handler.architecture
     with UndoStack() as stack:

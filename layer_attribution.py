@@ -47,6 +47,7 @@ from gradient_attribution import NOT_FINITE, WARN_AT, CompletenessWarning
 from gradient_check import check_gradient
 from gradient_record import differentiable
 from gradient_scale import GradientScale
+from interrupts import enable_grad, no_grad
 from intervention_handler import by_token, token_shape
 from layer_attribution_result import METHODS, LayerAttribution
 from logit_metrics import Metric, make_metric, reads_of
@@ -277,7 +278,7 @@ class _Path:
 
     def activations(self, share: float, sites: Sequence[Site]) -> list[Tensor]:
         """What sites hold at a share of the way, ``[1, …]`` each."""
-        with torch.no_grad():
+        with no_grad():
             self.opened.logits(self.points([share]))
         return [self.opened.kept[site].detach().clone() for site in sites]
 
@@ -286,7 +287,7 @@ class _Path:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Activations and gradients of some points, ``[point, …]`` each."""
         scale = GradientScale(self.opened.architecture.model)
-        with torch.enable_grad():
+        with enable_grad():
             leaf = embeddings.detach().requires_grad_()
             logits = scale.widen(self.opened.logits(leaf))
             values = differentiable([self.metric] * len(leaf), logits, self.metric.name)
@@ -324,7 +325,7 @@ def _path(
     progress: Callable[[int], Any],
 ) -> _Path:
     start = start.to(opened.embedding.device)
-    with torch.no_grad():
+    with no_grad():
         bottom = opened.logits(start[None].to(opened.embedding.dtype)).detach()
     opened.kept.clear()
     made = make_metric(
@@ -413,7 +414,7 @@ def _integrated(path: _Path, sites: list[Site], steps: int) -> tuple[list[np.nda
 
         total: Any = sum(part for _, part in path.batches(steps, run))
         found.append(_table(total * exact(way)[0], site))
-        with torch.no_grad(), edit(path.opened.architecture, [(site, _put(first))]):
+        with no_grad(), edit(path.opened.architecture, [(site, _put(first))]):
             expected.append(path.top - float(path.metric(path.opened.logits(None))))
     return found, expected
 

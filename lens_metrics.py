@@ -91,7 +91,7 @@ def rank_of(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def best_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest logits and their ids, best first: ``topk``, faster for a long row on a CPU.
+    """The ``k`` largest logits and their ids, best first: ``topk``, faster for a long row.
 
     The row is folded into `FOLD` lines. No more than k columns of these can hold any of the k best:
     those with the largest maxima.
@@ -105,13 +105,13 @@ def best_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     rows, vocabulary = logits.shape
     columns = vocabulary // FOLD
-    if logits.device.type != "cpu" or columns < 4 * k:
+    if columns < 4 * k:
         values, ids = logits.topk(k)
         return values, ids
     folded = logits[:, : FOLD * columns].view(rows, FOLD, columns)
     hopeful = folded.amax(1).topk(k).indices
-    lines = columns * torch.arange(FOLD)
-    rest = torch.arange(FOLD * columns, vocabulary).expand(rows, -1)
+    lines = columns * torch.arange(FOLD, device=logits.device)
+    rest = torch.arange(FOLD * columns, vocabulary, device=logits.device).expand(rows, -1)
     ids = torch.cat([(hopeful[:, None] + lines[:, None]).flatten(1), rest], 1)
     values, places = logits.gather(1, ids).topk(k)
     return values, ids.gather(1, places)

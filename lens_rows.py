@@ -14,14 +14,17 @@ from torch import Tensor
 CHUNK_VALUES = 2**24
 """Logits made at once: positions × vocabulary of one layer stay below this (64 MiB in float32)."""
 
+CHUNK_VALUES_OF_A_GPU = 2**26
+"""The same on a GPU (256 MiB), where a call costs more than what it computes."""
+
 GROUP_VALUES = 2**20
 """On a CPU rows go through the head together up to this many logits: what is made stays in its
-cache. On a GPU they do up to `CHUNK_VALUES`."""
+cache. On a GPU they do up to `CHUNK_VALUES_OF_A_GPU`."""
 
 
-def position_chunks(count: int, vocabulary: int) -> Iterator[slice]:
-    """Slices of ``count`` positions, each of at most `CHUNK_VALUES` logits."""
-    size = max(1, CHUNK_VALUES // vocabulary)
+def position_chunks(count: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+    """Slices of ``count`` positions, each of at most `CHUNK_VALUES` logits on that device."""
+    size = max(1, (CHUNK_VALUES if device.type == "cpu" else CHUNK_VALUES_OF_A_GPU) // vocabulary)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
@@ -44,7 +47,7 @@ def logits_by_row(
     """
     missing = [row for row in streams if row not in known]
     made: dict[str, Tensor] = dict(known)
-    budget = GROUP_VALUES if device.type == "cpu" else CHUNK_VALUES
+    budget = GROUP_VALUES if device.type == "cpu" else CHUNK_VALUES_OF_A_GPU
     for row in streams:
         if row not in made:
             first = streams[missing[0]]().to(device)

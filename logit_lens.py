@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from forward_pass import InputError, ModuleTap, Recording, Site, SiteError, attached, record, resume
+from interrupts import no_grad
 from lens_metrics import DEFAULT_METRICS, RowMeter, check_metrics
 from lens_result import TUNED_SITES, LensResult, previous_row, resolve_layers, row_sites
 from lens_rows import logits_by_row, position_chunks
@@ -103,7 +104,7 @@ class LogitLens:
                 "these hidden states have no values (a record loaded from json holds shapes only)"
             )
         flat = hidden.reshape(-1, 1, width).to(arch.stream_device, arch.stream_dtype)
-        with torch.no_grad(), self._final_norm(apply_ln):
+        with no_grad(), self._final_norm(apply_ln):
             logits = resume(arch, self._dummy_inputs(len(flat)), arch.n_layers, flat)
         return logits.view(*hidden.shape[:-1], logits.shape[-1])
 
@@ -248,7 +249,8 @@ class LogitLens:
         meter = RowMeter(len(hidden), len(positions), top_k, metrics, target_id)
         following = [ids[p + 1] if p + 1 < len(ids) else -1 for p in positions]
         through = {row: previous_row(row) if site == "resid_pre" else row for row in hidden}
-        for chunk in position_chunks(len(positions), self.architecture.config.vocab_size):
+        vocabulary, device = self.architecture.config.vocab_size, self.architecture.stream_device
+        for chunk in position_chunks(len(positions), vocabulary, device):
             reference = None if final is None else final(chunk)
             as_float = None if reference is None else reference.float()
             meter.start_chunk(chunk, as_float, torch.tensor(following[chunk]))
@@ -440,7 +442,8 @@ class LogitLens:
         kept = self._record(ids, sites.values())
         measured = ("next_token_rank", "next_token_prob", "kl_divergence")
         meter = RowMeter(len(sites), len(ids), 1, measured)
-        for chunk in position_chunks(len(ids), self.architecture.config.vocab_size):
+        vocabulary, device = self.architecture.config.vocab_size, self.architecture.stream_device
+        for chunk in position_chunks(len(ids), vocabulary, device):
             rows = {row: (kept[where][0, chunk], row) for row, where in sites.items()}
             for index, (_, row_logits) in enumerate(self._by_row(rows, {}, apply_ln)):
                 logits = row_logits.float()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from forward_pass import Hook, ModuleTap, SiteError, attached, resume
-from interrupts import UndoStack
+from interrupts import UndoStack, enable_grad, no_grad
 from model_architecture import Architecture
 from module_devices import exact, stored_matrix
 from norm_gain import SIZE, NormGain, fit_norm, noise_like
@@ -89,7 +89,7 @@ class LogitTail:
         return TokenRows(rows * slope.to(rows)[:, None], of_norm, slope * own + offset)
 
 
-@torch.no_grad()
+@no_grad()
 def find_tail(architecture: Architecture, stream: Tensor) -> LogitTail:
     """Find the way from the stream to the logits.
 
@@ -184,7 +184,7 @@ def _rows(head: Any, ids: Sequence[int], nothing: Tensor) -> Tensor:
     wide = torch.promote_types(nothing.dtype, torch.float32)
     if weight is not None and weight.shape[1:] == nothing.shape[2:]:
         return weight[index].to(wide)
-    with torch.enable_grad():
+    with enable_grad():
         start = nothing.clone().requires_grad_()
         given = head.forward(start)[0, 0]
         found = [torch.autograd.grad(given[i], start, retain_graph=True)[0][0, 0] for i in index]

@@ -48,7 +48,7 @@ from forward_pass import (
 from memory_limits import share_passes
 from model_lock import unwrap
 from model_shards import ShardedTap, find_mesh, own_part
-from module_devices import compute_device
+from module_devices import compute_device, modules_of
 from structure_probe import BlockStructure, ModelStructure, probe_structure
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Architecture:
     @cached_property
     def _found(self) -> ModelStructure:
         """What the probe found, remembered until a module or the dtype of the model changes."""
-        fingerprint = hash((self.model.dtype, *map(id, self.model.modules())))
+        fingerprint = hash((self.model.dtype, *map(id, modules_of(self.model))))
         known = _KNOWN.get(self.model)
         if known is None or known[0] != fingerprint:
             ids = torch.arange(1, PROBE_LENGTH + 1).remainder(self.config.vocab_size)[None]

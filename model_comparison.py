@@ -20,6 +20,7 @@ from tqdm import tqdm
 from comparison_result import ModelComparison, WeightChanges
 from direction_finding import check_examples
 from forward_pass import InputError, Site, record
+from interrupts import no_grad
 from lens_rows import CHUNK_VALUES
 from logit_lens import LogitLens
 from model_architecture import Architecture
@@ -187,8 +188,7 @@ class _Meter:
         for start in range(0, len(a), step):
             p, q = (
                 lens.apply_lens_to_hidden_state(x[start : start + step])[:, :vocabulary]
-                .float()
-                .cpu()
+                .to(self.arches[0].stream_device, torch.float32)
                 .log_softmax(-1)
                 for lens, x in zip(self.lenses, (a, b), strict=True)
             )
@@ -301,7 +301,7 @@ def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
-@torch.no_grad()
+@no_grad()
 def _added(adapter: nn.Module) -> Tensor:
     """What a module's active adapters add to its weight."""
     module: Any = adapter

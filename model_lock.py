@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from interrupts import breathe, interrupts_held
+from module_devices import modules_of
 from sites import Hook, InputError
 
 PATIENCE = 0.05
@@ -91,7 +92,7 @@ class ModelLock:
 
     def _compiled(self) -> bool:
         root = None if self.root is None else self.root()
-        return self.wrapped or (root is not None and any(map(is_compiled, root.modules())))
+        return self.wrapped or (root is not None and any(map(is_compiled, modules_of(root))))
 
     def edits(self, hook: Hook) -> Hook:
         """``hook``, known to be under way while it runs."""
@@ -112,7 +113,7 @@ def lock_of(module: nn.Module) -> ModelLock:
     with _guard:
         found = _locks.get(module)
         if found is None:
-            parts = list(module.modules())
+            parts = modules_of(module)
             known = (_locks[part] for part in parts if part in _locks)
             found = next(known, None) or ModelLock()
             found.root = ref(module)
@@ -141,7 +142,8 @@ def hold(stack: ExitStack, module: nn.Module) -> ModelLock:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module was compiled in place, or wraps one that was."""
-    return module.__dict__.get("_compiled_call_impl") is not None or is_wrapper(module)
+    own = module.__dict__
+    return own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]
 
 
 def is_wrapper(module: Any) -> bool:

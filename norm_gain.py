@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from forward_pass import Hook, ModuleTap, Site, SiteError, attached, evaluate, recording
-from interrupts import UndoStack
+from interrupts import UndoStack, no_grad
 from model_architecture import Architecture
 from module_devices import exact
 
@@ -119,7 +119,7 @@ def noise_like(value: Tensor, seed: int, size: float = 1.0) -> Tensor:
     return (size * noise).view(value.shape).to(value)
 
 
-@torch.no_grad()
+@no_grad()
 def norm_gains(architecture: Architecture, norms: Sequence[nn.Module]) -> list[NormGain | None]:
     """Gain and bias of several norms of a model, by one forward pass in which they get noise.
 
@@ -160,7 +160,7 @@ def norm_gains(architecture: Architecture, norms: Sequence[nn.Module]) -> list[N
 # --- The norms of a model -------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@no_grad()
 def norms_before_attention(
     architecture: Architecture, layers: Sequence[int]
 ) -> dict[int, NormGain | None]:
@@ -256,7 +256,7 @@ def _noting(runs: list[_Run], module: nn.Module) -> list[tuple[ModuleTap, Hook]]
     return [(ModuleTap(module, at_input=True), taken), (ModuleTap(module), given)]
 
 
-@torch.no_grad()
+@no_grad()
 def final_norm_gain(architecture: Architecture) -> NormGain | None:
     """The norm before the head; None where there is none.
 

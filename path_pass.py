@@ -40,7 +40,7 @@ from forward_pass import (
     skip_blocks,
 )
 from growing_pass import WHOLE_CACHE, resume_growing
-from interrupts import UndoStack
+from interrupts import UndoStack, no_grad
 from model_architecture import Architecture
 
 SIDES = tuple(INPUTS.values())
@@ -216,7 +216,7 @@ def _head_deltas(
 # --- The pass -------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@no_grad()
 def run_paths(runs: PathRuns, plans: Sequence[PathPlan], grows: bool) -> Tensor:
     """Run paths, each before its ``join``.
 

@@ -75,7 +75,7 @@ def linear_cka(x: Any, y: Any, *, debiased: bool = False, form: str = "auto") ->
 
 def _matrix(values: Any, debiased: bool) -> np.ndarray:
     given = torch.as_tensor(values).detach().cpu()
-    found = given.double().numpy()
+    found = given.cpu().double().numpy()
     least = 4 if debiased else 2
     if found.ndim != 2 or len(found) < least:
         raise InputError(

@@ -28,7 +28,7 @@ from forward_pass import (
     recording,
     take_positions,
 )
-from interrupts import UndoStack
+from interrupts import UndoStack, no_grad
 from logit_tail import multiple_of, norm_factor
 from model_architecture import Architecture
 from norm_gain import SIZE, NormGain, fit_norm, noise_like
@@ -123,7 +123,7 @@ def find_writers(architecture: Architecture, layer: int) -> list[Writer]:
     ]
 
 
-@torch.no_grad()
+@no_grad()
 def record_parts(
     architecture: Architecture,
     ids: Sequence[int],
@@ -232,7 +232,7 @@ def _head_taps(
 # --- From a matrix to the stream ------------------------------------------------------------------
 
 
-@torch.no_grad()
+@no_grad()
 def find_link(architecture: Architecture, writer: Writer, found: Recorded) -> Link | None:
     """How the output of a writer's matrix becomes what is added; None if it is not understood."""
     given = found.given.get(writer.out)
@@ -268,7 +268,7 @@ def _through_norm(
     return Link(norm, factor * (times * writer.scale), writer.scale * norm.bias)
 
 
-@torch.no_grad()
+@no_grad()
 def find_matrix(
     architecture: Architecture, writer: Writer, found: Recorded
 ) -> tuple[Tensor, Tensor] | None:
@@ -281,7 +281,7 @@ def find_matrix(
     return affine_of(Call(writer.matrix, module, taken, given, taken.shape[1]))
 
 
-@torch.no_grad()
+@no_grad()
 def matrix_bias(architecture: Architecture, writer: Writer, found: Recorded) -> Tensor:
     """``[d_model]``: what a writer's matrix gives for zeros."""
     assert writer.matrix is not None

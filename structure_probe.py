@@ -35,7 +35,7 @@ from block_trace import (
 )
 from expert_routing import Routing
 from forward_pass import PLAIN, ArchitectureError, StreamShape, evaluate
-from interrupts import UndoStack
+from interrupts import UndoStack, no_grad
 from model_shards import count_parts, find_mesh
 from module_devices import exact
 
@@ -109,7 +109,7 @@ class ModelStructure:
     """Whether the stream is float32 in a model of half precision (Mamba's)."""
 
 
-@torch.no_grad()
+@no_grad()
 def probe_structure(
     model: nn.Module,
     body: nn.Module,

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from array_files import open_arrays, write_arrays
 from forward_pass import ArchitectureError, InputError, RecordFileError, Site, record, resume
+from interrupts import enable_grad
 from model_architecture import Architecture
 from tokenization import Prompt, check_ids, encode
 
@@ -171,7 +172,7 @@ class TunedLens:
         assert kept.logits is not None
         target = kept.logits.float().log_softmax(-1)
         losses = []
-        with torch.enable_grad(), _frozen(architecture.model):
+        with enable_grad(), _frozen(architecture.model):
             for row, site in enumerate(sites):
                 stream = _translated(kept[site], self.weight_[row], self.bias_[row])
                 logits = resume(architecture, inputs, n_layers, stream)

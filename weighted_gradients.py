@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from embedding_pass import EmbeddingPass, Measure, memory_needed, rows_per_pass
+from interrupts import no_grad
 from memory_limits import in_batches
 
 Progress = Callable[[int], Any]
@@ -168,7 +169,7 @@ def _chunks(count: int, size: int) -> Iterator[range]:
         yield range(start, min(start + size, count))
 
 
-@torch.no_grad()
+@no_grad()
 def occlusion(
     opened: EmbeddingPass,
     measure: Measure,
@@ -221,6 +222,6 @@ def occlusion(
 
 def values_at(opened: EmbeddingPass, measure: Measure, baseline: Tensor) -> np.ndarray:
     """The targets' values where every token has its baseline, ``[target]``, float64."""
-    with torch.no_grad():
+    with no_grad():
         logits = opened.logits(baseline.to(opened.embedding)[None])
         return measure(logits)[0].cpu().double().numpy()

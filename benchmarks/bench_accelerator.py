@@ -184,7 +184,7 @@ def bench_prompts(model: Any, device: str, count: int, batch_size: int) -> None:
         ),
         "floor: batched forwards": lambda: [model.model(b, use_cache=False) for b in batches] and 0,
     }
-    seconds = medians({k: waited(device, w) for k, w in ways.items()}, 3, 1)
+    seconds = medians({k: waited(device, w) for k, w in ways.items()}, 2, 1)
     slow = medians({"one by one": waited(device, by_hand)}, 1, 0)["one by one"]
     seconds["one by one (scaled up from 200)"] = slow * count / 200
     print_table(f"{count:,} prompts, batches of {batch_size}", seconds, "floor: batched forwards")
@@ -220,13 +220,14 @@ def main() -> None:
     print_machine()
     print(torch.cuda.get_device_name() if device == "cuda" else device)
     rounds = 3 if small else 15
-    for dtype in (torch.bfloat16, torch.float32):
-        print(f"\n== {dtype}")
-        model = llama(device, small, dtype)
-        bench_reading(model, device, 64 if small else 1024, rounds)
-        if not small:
-            bench_reading(model, device, 64, rounds)
-        bench_sweep(model, device, 5 if small else 16, min(rounds, 3))
+    model = llama(device, small, torch.float32)
+    print("\n== float32")
+    bench_sweep(model, device, 5 if small else 16, 1 if small else 2)
+    model = model.bfloat16()
+    print("\n== bfloat16")
+    for length in (64,) if small else (1024, 64):
+        bench_reading(model, device, length, rounds)
+    bench_sweep(model, device, 5 if small else 16, 1 if small else 2)
     bench_generation(model, device, min(rounds, 5))
     bench_prompts(model, device, 400 if small else 10_000, 64)
     if not small:

@@ -117,7 +117,7 @@ def difference(one: Any, other: Any) -> float:
     if isinstance(one, np.ndarray):
         return 0.0 if np.array_equal(one, other) else float("inf")
     if isinstance(one, float):
-        return 0.0 if one == other or one != one else abs(one - other) / max(abs(one), 1e-6)
+        return 0.0 if one == other or one != one else abs(one - other) / max(abs(one), 1e-2)
     if isinstance(one, dict):
         pairs = [(one[key], other[key]) for key in one]
     elif dataclasses.is_dataclass(one):

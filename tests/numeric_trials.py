@@ -252,8 +252,9 @@ def one_by_one(model: Any) -> list[Tensor]:
 
 def _vector(model: Any) -> tuple[Tensor, int]:
     arch = Architecture(model)
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(arch.d_model, generator=generator), arch.n_layers // 2
+    generator = torch.Generator("cpu").manual_seed(1)
+    vector = torch.randn(arch.d_model, generator=generator, device="cpu")
+    return vector.to(arch.stream_device), arch.n_layers // 2
 
 
 def steered(model: Any) -> list[Tensor]:
@@ -369,7 +370,7 @@ def apart(ones: list[Tensor], others: list[Tensor]) -> float:
     """Largest difference in units of the largest value; of the worst pair."""
     assert len(ones) == len(others) > 0
     worst = 0.0
-    for one, other in zip(ones, others, strict=True):
+    for one, other in ((a.cpu(), b.cpu()) for a, b in zip(ones, others, strict=True)):
         assert one.shape == other.shape, f"{tuple(one.shape)} against {tuple(other.shape)}"
         assert bool(torch.isfinite(one).all() and torch.isfinite(other).all())
         difference = (one.double() - other.double()).abs().max()
@@ -405,7 +406,7 @@ def measure(name: str, model: Any) -> Measured:
         between_64=apart(wide_ours, truth),
         ours_off=apart(ours, truth) if numbers else float("nan"),
         theirs_off=apart(theirs, truth) if numbers else float("nan"),
-        same_bits=all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)),
+        same_bits=all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(ours, theirs, strict=True)),
     )
 
 

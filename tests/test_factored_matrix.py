@@ -153,3 +153,22 @@ def test_it_says_what_it_is_and_refuses_what_it_is_not():
             matrix.top_entries(k)
     with pytest.raises(InputError, match="those of one matrix"):
         thin(3, 2, 3, 2).top_entries(1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_signs_of_singular_vectors_are_the_same_everywhere(seed):
+    """Factored another way, as another computer's routines would, the vectors are the same."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((3, 9, 4), (3, 4, 7))
+    )
+    turn = torch.linalg.qr(torch.randn(3, 4, 4, generator=generator, dtype=torch.float64)).Q
+    one, other = (
+        FactoredMatrix(left, right).svd(),
+        FactoredMatrix(left @ turn, turn.mT @ right).svd(),
+    )
+    torch.testing.assert_close(one.left, other.left)
+    torch.testing.assert_close(one.right, other.right)
+    assert (one.left.gather(-2, one.left.abs().argmax(-2, keepdim=True)) > 0).all()
+    torch.testing.assert_close(one.left * one.values[:, None] @ one.right, left @ right)

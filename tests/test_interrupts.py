@@ -26,6 +26,14 @@ FAMILIES = ("gpt2", "llama", "bloom", "gptj")
 """By the ways to attention: the registry, the registry with grouped keys, and products by hand."""
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_raises():
+    """Also in a process that began with SIGINT ignored, as a shell's background jobs do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @functools.cache
 def built(name):
     return families.build(name)
