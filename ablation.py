@@ -215,7 +215,7 @@ class _StandIns:
         self.means = {site: total / count for site, total in sums.items()}
 
     def _record(self, ids: Sequence[int]) -> Recording:
-        inputs = self.architecture.inputs(torch.tensor([list(ids)]))
+        inputs = self.architecture.inputs(torch.tensor([list(ids)], device="cpu"))
         return record(self.architecture, inputs, self.sites)
 
     def _check_length(self, row: Sequence[int], other: Sequence[int]) -> None:
@@ -250,9 +250,9 @@ class _StandIns:
         """The exchange that ablates one part."""
         site = Site(WRITERS[node.kind], node.layer)
         head = node.head if node.kind == "head" else None
-        where = None if positions is None else torch.tensor(positions)
+        where = None if positions is None else torch.tensor(positions, device="cpu")
         if self.method == "zero":
-            return Edit(site, torch.zeros(1), where, head)
+            return Edit(site, torch.zeros(1, device="cpu"), where, head)
         value = self.means[site] if drawn is None else drawn[site][0]
         by_position = drawn is not None or self.per_position
         if by_position and positions is not None:
@@ -286,7 +286,7 @@ class _Study:
         arch, read = self.architecture, reads_of(asked)
         wanted = range(len(row)) if read is None else read
         able = abilities(arch)
-        base = run_base(arch, torch.tensor([row]), (), wanted, cached=able.suffix)
+        base = run_base(arch, torch.tensor([row], device="cpu"), (), wanted, cached=able.suffix)
         metric = make_metric(
             asked, base.logits, base.logits, answer=answer, foil=foil,
             tokenizer=self.tokenizer, config=arch.config,

@@ -13,6 +13,7 @@ resolved in `extraction_request`; records, statistics, comparison and files live
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from tokenization import (
     Prompt,
     check_ids,
     encode,
+    encode_texts,
     pad_left,
     resolve_positions,
     token_strings,
@@ -132,9 +134,10 @@ def extract_batch(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; came {batch_size}")
     prompts = list(prompts)
+    texts = encode_texts(tokenizer, prompts)
     items = [
-        _prepare(i, prompt, len(prompts), architecture, tokenizer, positions)
-        for i, prompt in enumerate(prompts)
+        _prepare(i, prompt, ids, len(prompts), architecture, tokenizer, positions)
+        for i, (prompt, ids) in enumerate(zip(prompts, texts, strict=True))
     ]
     records: list[ActivationRecord | None] = [None] * len(items)
     manifest = make_manifest(architecture)
@@ -145,10 +148,7 @@ def extract_batch(
     def run(group: Sequence[_Item]) -> list[ActivationRecord]:
         padded = _padded(group)
         kept, whole = _run(architecture, padded, request)
-        return [
-            _make_record(architecture, tokenizer, item, row, request, kept, whole, manifest)
-            for row, item in enumerate(padded)
-        ]
+        return _make_records(architecture, tokenizer, padded, request, kept, whole, manifest)
 
     def needs(group: Sequence[_Item]) -> str:
         return describe_need(architecture, request, len(group[0].ids), len(group[0].positions))
@@ -176,13 +176,14 @@ class _Item:
 def _prepare(
     index: int,
     prompt: Prompt,
+    ids: list[int] | None,
     count: int,
     architecture: Architecture,
     tokenizer: PreTrainedTokenizerBase | None,
     positions: Positions,
 ) -> _Item:
     try:
-        ids = encode(tokenizer, prompt)
+        ids = ids or encode(tokenizer, prompt)
         check_ids(ids, architecture.config)
         return _Item(index, prompt, ids, resolve_positions(positions, len(ids)))
     except InputError as err:
@@ -222,41 +223,69 @@ def _run(
     whole = len({len(row) for row in shifted}) > 1 or all(
         row == list(range(ids.shape[1])) for row in shifted
     )
-    index = None if whole else torch.tensor(shifted)
+    index = None if whole else torch.tensor(shifted, device="cpu")
     if index is not None and bool((index == index[0]).all()):
         index = index[0]
     kept = record(architecture, inputs, request.sites, positions=index, logits=request.logits)
     return kept, whole
 
 
-def _own_row(value: Tensor, row: int, item: _Item, axis: int, whole: bool) -> Tensor:
-    """One prompt's part of a batch's tensor, ``[1, …]``, padding gone, in storage of its own."""
-    part = value[row : row + 1]
-    wanted = [item.pad + position for position in item.positions]
-    if whole and wanted != list(range(part.shape[axis])):
-        part = part.index_select(axis, torch.tensor(wanted, device=part.device))
-    elif len(value) > 1:
-        part = part.clone()
-    return part[..., item.pad :].clone() if axis == 2 and item.pad else part
-
-
-def _make_record(
+def _make_records(
     architecture: Architecture,
     tokenizer: PreTrainedTokenizerBase | None,
-    item: _Item,
-    row: int,
+    group: Sequence[_Item],
     request: Request,
     kept: Recording,
     whole: bool,
     manifest: Mapping[str, Any],
-) -> ActivationRecord:
-    tensors = {
-        site: _own_row(kept[site], row, item, site.position_axis, whole) for site in request.sites
-    }
-    logits = None if kept.logits is None else _own_row(kept.logits, row, item, 1, whole)
-    return assemble_record(
-        architecture, tokenizer, item.prompt, item.ids, item.positions, tensors, logits, manifest
-    )
+) -> list[ActivationRecord]:
+    """The record of each prompt of a batch; empties ``kept``."""
+    collecting = gc.isenabled()
+    try:
+        gc.disable()  # thousands of small objects and none to collect: it would take a third of it
+        rows = {
+            site: _own_rows(kept.pop(site), group, site.position_axis, whole)
+            for site in request.sites
+        }
+        none: list[Tensor | None] = [None] * len(group)
+        logits = none if kept.logits is None else _own_rows(kept.logits, group, 1, whole)
+        return [
+            assemble_record(
+                architecture, tokenizer, item.prompt, item.ids, item.positions,
+                {site: tensors[row] for site, tensors in rows.items()}, logits[row], manifest,
+            )
+            for row, item in enumerate(group)
+        ]  # fmt: skip
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _own_rows(value: Tensor, group: Sequence[_Item], axis: int, whole: bool) -> Sequence[Tensor]:
+    """Each prompt's part of a batch's tensor, ``[1, …]``, padding gone, in storage of its own."""
+    wanted = [[item.pad + position for position in item.positions] for item in group]
+    everything = list(range(value.shape[axis]))
+    cut = axis == 2 and any(item.pad for item in group)
+    if not cut and not (whole and any(each != everything for each in wanted)):
+        # one call for all of them: a batch of short prompts has more tensors than work
+        own: Any = torch.split_copy  # a function that its stub says gives None
+        return [value] if len(value) == 1 else list(own(value, 1))
+    parts = []
+    for row, item in enumerate(group):
+        part = value[row : row + 1]
+        if whole:
+            part = _some(part, axis, wanted[row])
+        part = part[..., item.pad :] if axis == 2 else part
+        parts.append(part.clone(memory_format=torch.contiguous_format))
+    return parts
+
+
+def _some(value: Tensor, axis: int, wanted: list[int]) -> Tensor:
+    """Some places of an axis; a view where they lie side by side."""
+    first, count = wanted[0], len(wanted)
+    if wanted == list(range(first, first + count)):
+        return value.narrow(axis, first, count)
+    return value.index_select(axis, torch.tensor(wanted, device=value.device))
 
 
 def assemble_record(
@@ -294,16 +323,20 @@ def assemble_record(
             names,
             keys,
         )
+    residual = groups.pop("resid_post") if "resid_post" in groups else LayerActivations({}, names)
     return ActivationRecord(
         prompt=prompt if isinstance(prompt, str) else _as_text(tokenizer, ids),
         tokens=token_strings(tokenizer, ids),
         token_ids=list(ids),
-        layer_activations=groups.pop("resid_post", LayerActivations({}, names)),
+        layer_activations=residual,
         attention_weights=groups.pop("attn_pattern", None),
         site_activations=groups,
         logits=logits,
         positions=list(positions),
-        metadata=copy.deepcopy(dict(manifest)),
+        metadata={
+            key: copy.deepcopy(value) if isinstance(value, dict | list) else value
+            for key, value in manifest.items()
+        },
     )
 
 

@@ -23,6 +23,7 @@ from direction_finding import check_examples
 from extraction_request import make_request
 from forward_pass import InputError, LayerError, SiteError
 from model_architecture import Architecture, Layer
+from module_devices import as_tensor
 from tokenization import Positions, Prompt, check_ids, encode, resolve_positions, token_strings
 
 if TYPE_CHECKING:
@@ -303,7 +304,7 @@ def rows_of(
 def _numbers_of(activations: Any) -> Tensor:
     """An array as a tensor on the CPU, float32."""
     given = np.asarray(activations) if isinstance(activations, list | tuple) else activations
-    return torch.as_tensor(given).detach().float().cpu()
+    return as_tensor(given).detach().float().cpu()
 
 
 def _block_numbers(layers: Any) -> list[int]:

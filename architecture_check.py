@@ -117,7 +117,7 @@ def check_architecture(architecture: Architecture) -> ArchitectureReport:
         The proofs with their largest differences; ``print`` it, or call ``raise_if_failed``.
     """
     vocabulary = architecture.config.vocab_size
-    ids = torch.arange(3, 3 + 2 * CHECK_LENGTH, 2).remainder(vocabulary)[None]
+    ids = torch.arange(3, 3 + 2 * CHECK_LENGTH, 2, device="cpu").remainder(vocabulary)[None]
     inputs = architecture.inputs(ids)
     names = [
         (name, layer)

@@ -117,7 +117,7 @@ def _values(header: bytes, arrays: Arrays) -> Values:
     yield HEADER, _counted(HEADER, [torch.frombuffer(bytearray(header), dtype=torch.uint8)], sums)
     for name, tensors in arrays.items():
         yield name, _counted(name, _pieces(tensors), sums)
-    yield CHECKSUMS, iter([torch.tensor(list(sums.values()), dtype=torch.int64)])
+    yield CHECKSUMS, iter([torch.tensor(list(sums.values()), dtype=torch.int64, device="cpu")])
 
 
 def _counted(name: str, pieces: Iterable[Tensor], sums: dict[str, int]) -> Iterator[Tensor]:

@@ -126,7 +126,7 @@ def _part(file: BinaryIO, start: int, nbytes: int) -> Extent:
     """A part of the file, which is known to be there."""
 
     def _read(begin: int, end: int) -> Tensor:
-        data = torch.empty(end - begin, dtype=torch.uint8)
+        data = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
         file.seek(start + begin)
         if file.readinto(memory(data)) != end - begin:  # type: ignore[attr-defined]
             raise RecordFileError("it is truncated")
@@ -375,7 +375,7 @@ def _write_json(file: BinaryIO, _: dict[str, ArraySpec], values: Values) -> None
 
 def _open_json(file: BinaryIO, size: int) -> Find:
     document = json.loads(file.read(size))
-    checksum = torch.tensor([document.pop(CHECKSUMS)])
+    checksum = torch.tensor([document.pop(CHECKSUMS)], device="cpu")
     text = torch.frombuffer(bytearray(dump_json(document)), dtype=torch.uint8)
     arrays = {HEADER: text, CHECKSUMS: checksum}
     return lambda name, _: _whole(arrays[name])

@@ -321,7 +321,7 @@ def _summarize(
     show_progress: bool,
 ) -> HeadSummary:
     sums: list[Tensor] = []
-    counts = torch.zeros(len(KINDS), dtype=torch.int64)
+    counts = torch.zeros(len(KINDS), dtype=torch.int64, device="cpu")
     hidden = not show_progress or not sys.stderr.isatty()
     taps = {site: architecture.tap(site) for site in sites}
 
@@ -417,7 +417,7 @@ class _Batch:
         ids, mask = pad_left(rows)
         real = mask.bool()
         counted = real.clone()
-        counted[torch.arange(len(rows)), mask.argmax(dim=1)] = False
+        counted[torch.arange(len(rows), device="cpu"), mask.argmax(dim=1)] = False
         same = (ids[:, :, None] == ids[:, None, :]).tril_(-1)
         same &= real[:, None, :]  # no padding among keys; a query has copies before it or none
         text, query, key = same.nonzero(as_tuple=True)
@@ -427,7 +427,7 @@ class _Batch:
         per_kind = dict.fromkeys(KINDS, int(counted.sum()))
         per_kind["duplicate_token"] = len(places.unique())
         per_kind["induction"] = len(places[earlier].unique())
-        counts = torch.tensor(list(per_kind.values()))
+        counts = torch.tensor(list(per_kind.values()), device="cpu")
         return cls(ids, mask, counted, (text, query, key), followers, counts)
 
 

@@ -59,11 +59,11 @@ def attention_rollout(
         SiteError: a block has no attention pattern.
     """
     sites = pattern_sites(architecture, "attention rollout")
-    kept = record(architecture, architecture.inputs(torch.tensor([list(ids)])), sites)
-    rolled = torch.eye(len(ids), dtype=torch.float64)
+    kept = record(architecture, architecture.inputs(torch.tensor([list(ids)], device="cpu")), sites)
+    rolled = torch.eye(len(ids), dtype=torch.float64, device="cpu")
     for site in sites:
         pattern = _square(kept[site], len(ids))[0].cpu().double().mean(0)
-        mixed = (pattern + torch.eye(len(ids), dtype=torch.float64)) / 2
+        mixed = (pattern + torch.eye(len(ids), dtype=torch.float64, device="cpu")) / 2
         rolled = mixed / mixed.sum(-1, keepdim=True) @ rolled
     return rolled[list(positions)].numpy()
 
@@ -117,7 +117,7 @@ def gradient_attention(
 
 def _relevance(patterns: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
     """``R − I`` of one target, ``[query, key]``, float64."""
-    unit = torch.eye(patterns[0].shape[-1], dtype=torch.float64)
+    unit = torch.eye(patterns[0].shape[-1], dtype=torch.float64, device="cpu")
     found = torch.zeros_like(unit)
     for pattern, slope in zip(patterns, slopes, strict=True):
         weighted = (exact(pattern.detach()) * exact(slope)).clamp(min=0)[0].mean(0).cpu()

@@ -133,7 +133,7 @@ def _fit_capped(explained: Any, target: Tensor, cap: float, width: int) -> Score
         rule = ScoreRule(2.0**log_scale, cap)
         return float((explained(rule) - target).square().sum())
 
-    middle = -0.5 * torch.tensor(float(width)).log2().item()
+    middle = -0.5 * torch.tensor(float(width), device="cpu").log2().item()
     low, high = -6.0, 6.0
     grid = [middle + low + (high - low) * i / 48 for i in range(49)]
     best = min(grid, key=loss)

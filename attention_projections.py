@@ -116,8 +116,8 @@ def watch_attention(architecture: Architecture, layers: Sequence[int]) -> dict[i
     sites = [
         Site(name, n) for n in layers for name in PARTS + WRITTEN if _has(architecture, name, n)
     ]
-    inputs = architecture.inputs(torch.ones(ROWS, 1, dtype=torch.long))
-    lengths = torch.logspace(-1, 1, ROWS)[torch.randperm(ROWS, generator=seeded(0))]
+    inputs = architecture.inputs(torch.ones(ROWS, 1, dtype=torch.long, device="cpu"))
+    lengths = torch.logspace(-1, 1, ROWS)[torch.randperm(ROWS, generator=seeded(0), device="cpu")]
 
     def feed(layer: int) -> Hook:
         def hook(value: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def watch_reading(architecture: Architecture, layers: Sequence[int]) -> dict[int
             several, make a head's output.
     """
     rows = 2 + max(architecture.heads(layer)[1] for layer in layers)
-    inputs = architecture.inputs(torch.ones(rows, 2, dtype=torch.long))
+    inputs = architecture.inputs(torch.ones(rows, 2, dtype=torch.long, device="cpu"))
 
     def feed(layer: int) -> Hook:
         def hook(value: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ def watch_reading(architecture: Architecture, layers: Sequence[int]) -> dict[int
     def without_one(value: Tensor) -> Tensor:
         count = value.shape[2]
         changed = torch.cat([value[:2], noise_like(value, count)[2:]])
-        changed[torch.arange(2, 2 + count), :, torch.arange(count)] = 0
+        changed[torch.arange(2, 2 + count, device="cpu"), :, torch.arange(count, device="cpu")] = 0
         return changed
 
     sites = [Site(name, layer) for layer in layers for name in (*PARTS, "head_out")]

@@ -48,7 +48,10 @@ class CellEstimates:
     ) -> None:
         self.architecture, self.asked, self.corrected = architecture, asked, corrected
         self.base, self.source = base, source
-        self.places, self.there = torch.tensor(places), torch.tensor(there)
+        self.places, self.there = (
+            torch.tensor(places, device="cpu"),
+            torch.tensor(there, device="cpu"),
+        )
         self.rules: dict[int, ScoreRule] = {}
 
     def effects(self, slopes: Mapping[Site, Tensor]) -> dict[str, np.ndarray]:
@@ -112,8 +115,8 @@ class CellEstimates:
 def _reduced(cells: Tensor, options: SweepOptions) -> Tensor:
     """``[pair, place, head or neuron]`` or ``[pair, place]`` with the axes that were asked for."""
     if options.site in HEAD_SITES:
-        chosen = torch.tensor(options.heads)
+        chosen = torch.tensor(options.heads, device="cpu")
         cells = cells[..., chosen] if "head" in options.axes else cells.sum(-1)
     elif "neuron" in options.axes:
-        cells = cells[..., torch.tensor(options.neurons)]
+        cells = cells[..., torch.tensor(options.neurons, device="cpu")]
     return cells if "position" in options.axes else cells.sum(1)

@@ -323,7 +323,8 @@ class _Attribution:
     def _run_batch(self, pairs: Sequence[PromptPair], numbers: Sequence[int], bar: Any) -> None:
         group, sites = [pairs[number] for number in numbers], self.sites()
         base_ids, source_ids = (
-            torch.tensor([getattr(pair, name) for pair in group]) for name in ("base", "source")
+            torch.tensor([getattr(pair, name) for pair in group], device="cpu")
+            for name in ("base", "source")
         )
         asked = reads_of(self.asked[0].metric)
         reads = [

@@ -51,7 +51,7 @@ class Targets:
             function = self.function
             return Measure(lambda logits: function(logits)[:, None], None)
         slots = tuple(list(read).index(position) for position in self.positions)
-        slot, ids = torch.tensor(slots), torch.tensor(self.ids)
+        slot, ids = torch.tensor(slots, device="cpu"), torch.tensor(self.ids, device="cpu")
 
         def values(logits: Tensor) -> Tensor:
             at = logits[:, slot.to(logits.device), ids.to(logits.device)]

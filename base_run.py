@@ -116,7 +116,7 @@ def logits_at(logits: Tensor, positions: Sequence[int], offset: int = 0) -> Tens
     """
     if logits.shape[1] == len(positions):
         return logits.clone()
-    return take_positions(logits, torch.tensor([p - offset for p in positions]), 1)
+    return take_positions(logits, torch.tensor([p - offset for p in positions], device="cpu"), 1)
 
 
 def read_only(
@@ -127,7 +127,7 @@ def read_only(
     ``offset`` is the position of the first column of the pass.
     """
     head: Any = architecture.model.get_output_embeddings()
-    index = torch.tensor([position - offset for position in positions])
+    index = torch.tensor([position - offset for position in positions], device="cpu")
 
     def cut(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = read_input(args, kwargs)

@@ -99,7 +99,9 @@ class CausalTracer:
             InputError: a prompt cannot be run, or the metric is none.
         """
         result = self._sweep(clean, corrupted, "head_out", ("layer", "head"), metric_fn)
-        effects = torch.full((self.architecture.n_layers, len(result.labels[1])), torch.nan)
+        effects = torch.full(
+            (self.architecture.n_layers, len(result.labels[1])), torch.nan, device="cpu"
+        )
         effects = effects.to(torch.promote_types(self.architecture.model.dtype, torch.float32))
         effects[list(result.labels[0])] = torch.from_numpy(result.values).to(effects)
         return effects
@@ -202,7 +204,7 @@ def trace_subject(
     asked = reads_of(metric)
     read = range(len(ids)) if asked is None else asked
     sites = sorted({site for panel in panels.values() for sites in panel for site in sites})
-    clean = run_base(architecture, torch.tensor([ids]), sites, read, cached=False)
+    clean = run_base(architecture, torch.tensor([ids], device="cpu"), sites, read, cached=False)
     std = noise * embedding_std(architecture)
     base = noised_run(architecture, ids, noised, std, samples, read, seed)
     chosen = make_metric(
@@ -314,7 +316,7 @@ def noised_run(
     embedding: Any = architecture.model.get_input_embeddings()
     generator = torch.Generator().manual_seed(seed)
     shape = (samples, len(positions), int(embedding.weight.shape[1]))
-    noise = std * torch.randn(shape, generator=generator)
+    noise = std * torch.randn(shape, generator=generator, device="cpu")
 
     def add(value: Tensor) -> Tensor:
         new = value.clone()
@@ -322,7 +324,7 @@ def noised_run(
         return new
 
     cached = abilities(architecture).suffix
-    rows = torch.tensor([list(ids)]).repeat(samples, 1)
+    rows = torch.tensor([list(ids)], device="cpu").repeat(samples, 1)
     with attached([(ModuleTap(embedding), add)]):
         return run_base(architecture, rows, (), read, cached=cached)
 

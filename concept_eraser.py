@@ -239,7 +239,7 @@ def erasing_projection(x: Tensor, z: Tensor, shrinkage: float) -> tuple[Tensor, 
     level = covariance.diagonal().mean()
     if not float(cross.norm()) > ROUNDING * float(level.sqrt() * wanted.square().mean().sqrt()):
         raise InputError("the labels make no difference to these activations: nothing to erase")
-    size = torch.eye(len(mean), dtype=x.dtype) * level
+    size = torch.eye(len(mean), dtype=x.dtype, device="cpu") * level
     values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * size)
     kept = values > ROUNDING * values[-1]
     values, vectors = values[kept].sqrt(), vectors[:, kept]
@@ -354,7 +354,7 @@ class ErasureResult:
         header["layers"] = list(self.layers)
         arrays = {name: torch.from_numpy(np.array(getattr(self, name))) for name in self._tables}
         numbers = [float(getattr(self, name)) for name in self._numbers]
-        arrays["numbers"] = torch.tensor(numbers, dtype=torch.float64)
+        arrays["numbers"] = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         write_arrays(Path(path), "safetensors", RESULT_KIND, VERSION, header, arrays)
 
     @classmethod

@@ -238,7 +238,7 @@ def continuation_nats(
 def _nats(architecture: Architecture, batch: Sequence[Continuation]) -> np.ndarray:
     ids, mask = pad_left([[*each.prompt_ids, *each.ids] for each in batch])
     columns = max(len(each.ids) for each in batch)
-    predicting = torch.arange(ids.shape[1] - columns - 1, ids.shape[1] - 1)
+    predicting = torch.arange(ids.shape[1] - columns - 1, ids.shape[1] - 1, device="cpu")
     inputs = architecture.inputs(ids, mask)
     places = predicting.to(architecture.stream_device)
     logits = record(architecture, inputs, [], positions=places, logits=True).logits
@@ -246,7 +246,7 @@ def _nats(architecture: Architecture, batch: Sequence[Continuation]) -> np.ndarr
     targets = ids[:, -columns:].to(logits.device)
     chosen = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     counted = (
-        torch.arange(columns)[None]
-        >= columns - torch.tensor([len(each.ids) for each in batch])[:, None]
+        torch.arange(columns, device="cpu")[None]
+        >= columns - torch.tensor([len(each.ids) for each in batch], device="cpu")[:, None]
     )
     return 0.0 - (chosen.cpu().double() * counted).sum(1).numpy()

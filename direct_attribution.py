@@ -182,8 +182,8 @@ class _Asked:
             logits: ``[position, vocab]``.
         """
         best = logits.argmax(-1)[:, None].cpu()
-        targets = best if self.targets is None else torch.tensor(self.targets)
-        foils = torch.tensor(self.foils or [-1]).expand_as(targets)
+        targets = best if self.targets is None else torch.tensor(self.targets, device="cpu")
+        foils = torch.tensor(self.foils or [-1], device="cpu").expand_as(targets)
         return targets, foils
 
 

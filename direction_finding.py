@@ -34,7 +34,7 @@ from activation_record import ActivationRecord
 from extraction_request import Request, make_request
 from forward_pass import InputError, SiteError
 from model_architecture import Architecture, Layer
-from module_devices import exact
+from module_devices import as_tensor, exact
 from steering_direction import Direction
 from tokenization import Positions, Prompt, check_ids, encode, is_token_ids, resolve_positions
 
@@ -259,7 +259,7 @@ def find_directions(
     found = {}
     for place, where in enumerate(request.sites):
         examples = exact(positive[:, place]), exact(negative[:, place])
-        vector = exact(torch.as_tensor(find(*examples)).detach())
+        vector = exact(as_tensor(find(*examples)).detach())
         _refuse_nothing(vector, examples, architecture, f"{where.name} of layer {where.layer}")
         vector = vector / vector.norm() if normalize else vector
         about = {"site": site, "method": name, "label": label}

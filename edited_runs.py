@@ -135,7 +135,7 @@ def run_edited(
 
     def run(group: Sequence[_Planned]) -> Tensor:
         logits = _run_batch(architecture, base, group, able, work)
-        numbers = torch.tensor([each.number for each in group])
+        numbers = torch.tensor([each.number for each in group], device="cpu")
         return reduce(numbers, logits).cpu()
 
     with UndoStack() as stack:
@@ -264,7 +264,7 @@ def _run_batch(
     """Run a batch of runs that start at one position; logits ``[run, read, vocab]``."""
     start, n_layers = group[0].start, architecture.n_layers
     read = [position for position in base.read if position >= start]
-    prompts = torch.tensor([each.run.base for each in group])
+    prompts = torch.tensor([each.run.base for each in group], device="cpu")
     before = base.logits[prompts.to(base.logits.device), : len(base.read) - len(read)]
     if not read:  # nothing is read behind the edits
         return before
@@ -358,7 +358,7 @@ def abilities(architecture: Architecture) -> Abilities:
 
 def _try_abilities(architecture: Architecture) -> Abilities:
     vocabulary = architecture.config.vocab_size
-    ids = torch.arange(3, 3 + 2 * PROBE_TOKENS).remainder(vocabulary).view(2, -1)
+    ids = torch.arange(3, 3 + 2 * PROBE_TOKENS, device="cpu").remainder(vocabulary).view(2, -1)
     base = run_base(architecture, ids, cached=False)
     n_layers = architecture.n_layers
     runs = [

@@ -11,6 +11,7 @@ from torch import Tensor
 from embedding_pass import mean_embedding, token_embeddings
 from forward_pass import InputError
 from model_architecture import Architecture
+from module_devices import as_tensor
 from tokenization import token_id, token_strings
 
 
@@ -33,7 +34,7 @@ def baseline_embeddings(
         InputError: it is no baseline.
     """
     if isinstance(asked, Tensor | np.ndarray):
-        return _given_baseline(arch, torch.as_tensor(asked), length), "given"
+        return _given_baseline(arch, as_tensor(asked), length), "given"
     if isinstance(asked, str) and asked == "zero":
         row, name = torch.zeros_like(token_embeddings(arch, [0])[0]), asked
     elif isinstance(asked, str) and asked == "mean":

@@ -24,6 +24,7 @@ from head_circuit_result import is_count
 from head_circuits import token_ids_of
 from model_architecture import Architecture, Layer
 from model_inspection import weight_of
+from module_devices import as_tensor
 from steering_direction import Direction
 from tokenization import Prompt, as_ids, token_strings
 
@@ -207,7 +208,7 @@ def _left_out(exclude: Any, size: int) -> list[int]:
 
 def _vectors(vectors: Any, width: int) -> Tensor:
     try:
-        given = vectors.vector if isinstance(vectors, Direction) else torch.as_tensor(vectors)
+        given = vectors.vector if isinstance(vectors, Direction) else as_tensor(vectors)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"vectors are [d] or [vector, d]; came {vectors!r:.60}") from None
     found = given.detach().float()

@@ -104,11 +104,11 @@ class EmbeddingPass:
 
     def __init__(self, architecture: Architecture, ids: Sequence[int], read: Sequence[int]) -> None:
         self.architecture = architecture
-        self.ids = torch.tensor([list(ids)])
+        self.ids = torch.tensor([list(ids)], device="cpu")
         self.read = tuple(sorted(read))
         self.kept = Recording()
-        self.embedding = torch.empty(0)
-        self.base = torch.empty(0)
+        self.embedding = torch.empty(0, device="cpu")
+        self.base = torch.empty(0, device="cpu")
         self._given: Tensor | None = None
         self._lookups = 0
         self._entered: list[Tensor] = []
@@ -342,7 +342,7 @@ def token_embeddings(architecture: Architecture, ids: Sequence[int]) -> Tensor:
 def mean_embedding(architecture: Architecture) -> Tensor:
     """The mean over the whole vocabulary of what the embedding gives, ``[d]``, in float32."""
     size = int(architecture.config.vocab_size)
-    total = torch.zeros(())
+    total = torch.zeros((), device="cpu")
     for start in range(0, size, TABLE_ROWS):
         rows = token_embeddings(architecture, range(start, min(start + TABLE_ROWS, size)))
         rows = exact(rows)

@@ -201,7 +201,7 @@ def attribute_features(
         raise InputError(f"features are those of one token; came position={position!r}")
     read = reads_of(metric)
     base = run_base(
-        arch, torch.tensor([ids]), [where], range(len(ids)) if read is None else read,
+        arch, torch.tensor([ids], device="cpu"), [where], range(len(ids)) if read is None else read,
         cached=abilities(arch).suffix,
     )  # fmt: skip
     made = make_metric(
@@ -212,7 +212,7 @@ def attribute_features(
     target = _target(ablate_to, activation)
     importance = _exact(arch, base, where, place, target, chosen, made)
     slope = _gradient(arch, base, where, place, made)
-    index = torch.tensor(chosen)
+    index = torch.tensor(chosen, device="cpu")
     estimate = ((activation - target) * slope).cpu().double()[index]
     return FeatureAttribution(
         importance=importance,

@@ -88,7 +88,7 @@ def generate_text(
     """
     arguments = (max_new_tokens, temperature, top_p, top_k, seed)
     ids = generate_ids(architecture, tokenizer, prompt, *arguments, **generation_kwargs)
-    return decode_text(tokenizer, torch.tensor(ids))
+    return decode_text(tokenizer, torch.tensor(ids, device="cpu"))
 
 
 def generate_ids(

@@ -104,7 +104,7 @@ def _fault(architecture: Architecture) -> str:
 
 def _probe(architecture: Architecture) -> list[int]:
     room = context_length(architecture.config) or PROBE_TOKENS
-    ids = torch.arange(3, 3 + min(PROBE_TOKENS, room))
+    ids = torch.arange(3, 3 + min(PROBE_TOKENS, room), device="cpu")
     return ids.remainder(architecture.config.vocab_size).tolist()
 
 
@@ -114,7 +114,9 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _directions(like: Tensor, count: int, seed: int) -> list[Tensor]:
     """Random tensors of the same shape and length."""
-    draws = torch.randn(count, *like.shape, generator=torch.Generator().manual_seed(seed))
+    draws = torch.randn(
+        count, *like.shape, generator=torch.Generator().manual_seed(seed), device="cpu"
+    )
     return [each * like.norm() / each.norm() for each in draws.to(like)]
 
 
@@ -222,7 +224,7 @@ def _along_line(opened: EmbeddingPass, away: float, step: float, seed: int) -> f
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
 
     def points(numbers: Sequence[int]) -> Tensor:
-        shares = torch.tensor([nodes[number] for number in numbers]).to(center)
+        shares = torch.tensor([nodes[number] for number in numbers], device="cpu").to(center)
         return (center + shares[:, None, None] * line).to(opened.embedding.dtype)
 
     plan = GradientPlan(points, torch.from_numpy(weights), line)
@@ -241,8 +243,8 @@ def _along_line(opened: EmbeddingPass, away: float, step: float, seed: int) -> f
 def _some_logits(opened: EmbeddingPass) -> Measure:
     """A few logits at a few positions."""
     last, vocabulary = opened.length - 1, opened.base.shape[-1]
-    slots = torch.tensor([last // 2, last, last, last])
-    tokens = torch.arange(1, 5).mul(vocabulary // 5)
+    slots = torch.tensor([last // 2, last, last, last], device="cpu")
+    tokens = torch.arange(1, 5, device="cpu").mul(vocabulary // 5)
 
     def values(logits: Tensor) -> Tensor:
         return logits[:, slots.to(logits.device), tokens.to(logits.device)]

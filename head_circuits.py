@@ -295,7 +295,7 @@ def circuit_tokens(
     asked = None
     if tokens is not None:
         ids = token_ids_of(architecture, tokenizer, tokens, _EMPTY)
-        asked = torch.tensor(ids)
+        asked = torch.tensor(ids, device="cpu")
     product = _circuit(architecture, layer, index, circuit, fold_norm)
     rows = starts if asked is None else starts[asked.to(starts.device)]
     left = torch.cat(

@@ -83,7 +83,7 @@ def value_weighted_patterns(
     chosen = layers_with_heads(architecture, layers)
     weights = output_weights(architecture, chosen)
     sites = [Site(name, layer) for layer in chosen for name in ("attn_pattern", "value")]
-    kept = record(architecture, architecture.inputs(torch.tensor([ids])), sites)
+    kept = record(architecture, architecture.inputs(torch.tensor([ids], device="cpu")), sites)
     heads, length = max(len(w.W_O) for w in weights.values()), len(ids)
     patterns = np.full((len(chosen), heads, length, length), np.nan, dtype=np.float32)
     lengths = np.full((len(chosen), heads, length), np.nan, dtype=np.float32)
@@ -257,7 +257,7 @@ def _read_point(
     norms: Sequence[nn.Module],
 ) -> _Point:
     """Run the prompt once, and keep what is needed at one position."""
-    point, index = _Point(), torch.tensor([place])
+    point, index = _Point(), torch.tensor([place], device="cpu")
     last = Site("resid_post", architecture.n_layers - 1)
 
     def keep(norm: nn.Module) -> Hook:
@@ -276,7 +276,7 @@ def _read_point(
             stack.enter_context(attached(taps, last=True))
         head: Any = architecture.model.get_output_embeddings()
         stack.enter_context(attached([(ModuleTap(head), keep(head))], last=True))
-        inputs = architecture.inputs(torch.tensor([ids]))
+        inputs = architecture.inputs(torch.tensor([ids], device="cpu"))
         point.logits = architecture.model(**inputs, use_cache=False).logits[0, place]
     point.z = {layer: kept[Site("head_out", layer)][0, 0] for layer in layers}
     point.added = {layer: kept[Site("attn_out", layer)][0, 0] for layer in layers}
@@ -313,7 +313,9 @@ def _to_stream(
 
 def _rounding(*tensors: Tensor) -> float:
     """Relative rounding to allow for in numbers that a model made, in the widest of its dtypes."""
-    return 16 * max(torch.finfo(each.dtype).eps for each in (*tensors, torch.ones(())))
+    return 16 * max(
+        torch.finfo(each.dtype).eps for each in (*tensors, torch.ones((), device="cpu"))
+    )
 
 
 class _Unembed:
@@ -327,7 +329,7 @@ class _Unembed:
         point: _Point,
     ) -> None:
         assert point.stream is not None and point.logits is not None
-        self.matrix, self.factor = matrix, torch.ones(1)
+        self.matrix, self.factor = matrix, torch.ones(1, device="cpu")
         self.norm: NormGain | None = None
         straight = point.stream.to(torch.promote_types(matrix.dtype, torch.float32))
         final = architecture.final_norm

@@ -94,19 +94,21 @@ class _Noise:
     def __call__(self, activation: Tensor) -> Tensor:
         """Noise for ``[batch, position, …]``, the positions being the first ones."""
         rows, order = torch.meshgrid(
-            torch.arange(activation.shape[0]), torch.arange(activation.shape[1]), indexing="ij"
+            torch.arange(activation.shape[0], device="cpu"),
+            torch.arange(activation.shape[1], device="cpu"),
+            indexing="ij",
         )
         return self.of_tokens(activation, Selection(rows, order, order))
 
     def of_tokens(self, activation: Tensor, chosen: Selection) -> Tensor:
         """Noise for the tokens that a patch selects."""
-        drawn = torch.zeros(activation.shape)
+        drawn = torch.zeros(activation.shape, device="cpu")
         for place in chosen.order.unique().tolist():
             here = chosen.order == place
             rows = chosen.rows[here]
             generator = torch.Generator().manual_seed(hash((self.seed, place)) & (2**63 - 1))
             shape = (int(rows.max()) + 1, *activation.shape[2:])
-            drawn[here] = torch.randn(shape, generator=generator)[rows]
+            drawn[here] = torch.randn(shape, generator=generator, device="cpu")[rows]
         return activation + self.std * drawn.to(activation)
 
 
@@ -250,7 +252,9 @@ def _logits(handler: InterventionHandler, ids: Sequence[int], patched: bool = Tr
         evaluate(stack, arch.model)
         if patched:
             stack.enter_context(handler)
-        return arch.model(**arch.inputs(torch.tensor([list(ids)])), use_cache=False).logits.clone()
+        return arch.model(
+            **arch.inputs(torch.tensor([list(ids)], device="cpu")), use_cache=False
+        ).logits.clone()
 
 
 def generate_with_patching(

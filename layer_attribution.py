@@ -392,7 +392,9 @@ def _influence(path: _Path, sites: list[Site], steps: int) -> list[np.ndarray]:
 def _weighted(values: Tensor, weights: Sequence[float]) -> Tensor:
     """``[point, …]`` → ``[…]``, float64."""
     wide = exact(values)
-    return torch.einsum("p,p...->...", torch.tensor(weights, dtype=wide.dtype).to(wide), wide)
+    return torch.einsum(
+        "p,p...->...", torch.tensor(weights, dtype=wide.dtype, device="cpu").to(wide), wide
+    )
 
 
 def _integrated(path: _Path, sites: list[Site], steps: int) -> tuple[list[np.ndarray], list[float]]:
@@ -405,7 +407,7 @@ def _integrated(path: _Path, sites: list[Site], steps: int) -> tuple[list[np.nda
 
         def run(numbers: Sequence[int], site: Site = site, first: Tensor = first,
                 way: Tensor = way) -> Tensor:  # fmt: skip
-            line = torch.tensor([shares[n] for n in numbers]).to(way)
+            line = torch.tensor([shares[n] for n in numbers], device="cpu").to(way)
             points = first + line.view(-1, *[1] * (way.dim() - 1)) * way
             with edit(path.opened.architecture, [(site, _put(points.requires_grad_()))]):
                 own = path.opened.embedding.expand(len(numbers), -1, -1)

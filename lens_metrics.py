@@ -87,7 +87,7 @@ def rank_of(logits: Tensor, tokens: Tensor) -> Tensor:
         return (logits > values).sum(1)
     rows = zip(logits.float().numpy(), values.float().numpy(), strict=True)
     counts = [np.count_nonzero(row > value) for row, value in rows]  # several times faster here
-    return torch.tensor(counts, dtype=torch.long)
+    return torch.tensor(counts, dtype=torch.long, device="cpu")
 
 
 def best_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

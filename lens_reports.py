@@ -42,10 +42,13 @@ def predict_last(
     lens.check_top_k(top_k)
     layers = resolve_layers(lens.architecture, layer_indices)
     ids = lens.encode(text)
-    end = torch.tensor([len(ids) - 1])
+    end = torch.tensor([len(ids) - 1], device="cpu")
     sites = [Site("resid_post", layer) for layer in layers]
     kept = record(
-        lens.architecture, lens.architecture.inputs(torch.tensor([ids])), sites, positions=end
+        lens.architecture,
+        lens.architecture.inputs(torch.tensor([ids], device="cpu")),
+        sites,
+        positions=end,
     )
     hidden = {str(site.layer): kept[site][0] for site in sites}
     result = lens.read(
@@ -223,9 +226,9 @@ def _analysis(
     sites = [Site("resid_post", int(row)) for row in rows]
     kept = record(
         lens.architecture,
-        lens.architecture.inputs(torch.tensor([before])),
+        lens.architecture.inputs(torch.tensor([before], device="cpu")),
         sites,
-        positions=torch.tensor([len(before) - 1]),
+        positions=torch.tensor([len(before) - 1], device="cpu"),
     )
     result = lens.read(
         before, before, [len(before) - 1],

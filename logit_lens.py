@@ -110,7 +110,7 @@ class LogitLens:
 
     def _dummy_inputs(self, rows: int) -> dict[str, Tensor]:
         """Any token, once per row: no block runs, so nothing depends on it."""
-        return self.architecture.inputs(torch.zeros(rows, 1, dtype=torch.long))
+        return self.architecture.inputs(torch.zeros(rows, 1, dtype=torch.long, device="cpu"))
 
     @contextmanager
     def _final_norm(self, apply_ln: bool) -> Iterator[None]:
@@ -186,7 +186,7 @@ class LogitLens:
         return ids
 
     def _record(self, ids: Sequence[int], sites: Iterable[Site], logits: bool = False) -> Recording:
-        inputs = self.architecture.inputs(torch.tensor([ids]))
+        inputs = self.architecture.inputs(torch.tensor([ids], device="cpu"))
         return record(self.architecture, inputs, list(sites), logits=logits)
 
     def _row_sites(
@@ -253,7 +253,7 @@ class LogitLens:
         for chunk in position_chunks(len(positions), vocabulary, device):
             reference = None if final is None else final(chunk)
             as_float = None if reference is None else reference.float()
-            meter.start_chunk(chunk, as_float, torch.tensor(following[chunk]))
+            meter.start_chunk(chunk, as_float, torch.tensor(following[chunk], device="cpu"))
             known = {} if reference is None or final_row is None else {final_row: reference}
             rows = {row: (stream[chunk], through[row]) for row, stream in hidden.items()}
             for index, (row, logits) in enumerate(self._by_row(rows, known, apply_ln)):
@@ -318,11 +318,9 @@ class LogitLens:
 
     def strings(self, ids: np.ndarray) -> np.ndarray:
         """The tokens of an array of ids, as an object array of the same shape."""
-        unique = np.unique(ids)
-        table = dict(
-            zip(unique.tolist(), token_strings(self.tokenizer, unique.tolist()), strict=True)
-        )
-        return np.array([table[i] for i in ids.ravel().tolist()], dtype=object).reshape(ids.shape)
+        unique, places = np.unique(ids, return_inverse=True)
+        texts = np.array(token_strings(self.tokenizer, unique.tolist()), dtype=object)
+        return texts[places].reshape(ids.shape)
 
     def token_id(self, token: str | int) -> int:
         """The id of a token given by text (which must be exactly one token) or by id.
@@ -448,7 +446,7 @@ class LogitLens:
             for index, (_, row_logits) in enumerate(self._by_row(rows, {}, apply_ln)):
                 logits = row_logits.float()
                 if index == 0:
-                    meter.start_chunk(chunk, logits, torch.tensor(ids[chunk]))
+                    meter.start_chunk(chunk, logits, torch.tensor(ids[chunk], device="cpu"))
                 meter.add(index, logits, is_reference=index == 0)
         named = zip(
             ("input_token_rank", "input_token_prob", "kl_from_input"), measured, strict=True

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from forward_pass import InputError
 from lens_metrics import rank_of
-from module_devices import exact
+from module_devices import as_tensor, exact
 from tokenization import token_id, token_strings
 
 if TYPE_CHECKING:
@@ -162,9 +162,7 @@ def _each(function: Callable[[Tensor], Any], logits: Tensor) -> Tensor:
     """A function of one run's logits, run by run; in the graph where the function is."""
     values = [function(run[None]) for run in logits]
     try:
-        return torch.stack(
-            [torch.as_tensor(value, dtype=logits.dtype).reshape(()) for value in values]
-        )
+        return torch.stack([as_tensor(value, dtype=logits.dtype).reshape(()) for value in values])
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
             "a metric is given logits [1, position, vocab] and must return one number; "

@@ -239,14 +239,16 @@ class LogitSplit:
 
     def tables(self) -> dict[str, Any]:
         """Fields of a `LogitAttribution`: ``values``, ``kinds``, ``layers``, ``indices``."""
-        sizes = torch.tensor([len(rows.values) for rows in self.rows])
+        sizes = torch.tensor([len(rows.values) for rows in self.rows], device="cpu")
         single = {"head", "neuron"}
         indices = [
-            torch.arange(len(rows.values)) if rows.kind in single else torch.tensor([-1])
+            torch.arange(len(rows.values), device="cpu")
+            if rows.kind in single
+            else torch.tensor([-1], device="cpu")
             for rows in self.rows
         ]
-        kinds = torch.tensor([NAMES.index(rows.kind) for rows in self.rows])
-        layers = torch.tensor([rows.layer for rows in self.rows])
+        kinds = torch.tensor([NAMES.index(rows.kind) for rows in self.rows], device="cpu")
+        layers = torch.tensor([rows.layer for rows in self.rows], device="cpu")
         return {
             "values": torch.cat([rows.values for rows in self.rows]).numpy(),
             "kinds": kinds.repeat_interleave(sizes).numpy(),

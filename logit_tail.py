@@ -104,8 +104,8 @@ def find_tail(architecture: Architecture, stream: Tensor) -> LogitTail:
     require_one_stream(architecture)
     name, head = type(architecture.model).__name__, architecture.model.get_output_embeddings()
     noise = noise_like(stream.new_empty(ROWS, 1, stream.shape[-1]), 0, SIZE)
-    levels = torch.zeros(ROWS)
-    levels[: len(LEVELS)] = torch.tensor(LEVELS)
+    levels = torch.zeros(ROWS, device="cpu")
+    levels[: len(LEVELS)] = torch.tensor(LEVELS, device="cpu")
     taken: list[Tensor] = []
 
     def keep(value: Tensor) -> None:
@@ -118,7 +118,7 @@ def find_tail(architecture: Architecture, stream: Tensor) -> LogitTail:
         (ModuleTap(head, at_input=True), keep),
         (ModuleTap(head), feed),
     ]
-    inputs = architecture.inputs(torch.ones(ROWS, 1, dtype=torch.long))
+    inputs = architecture.inputs(torch.ones(ROWS, 1, dtype=torch.long, device="cpu"))
     with UndoStack() as stack:
         stack.enter_context(attached(taps))
         logits = resume(architecture, inputs, architecture.n_layers, noise)[:, 0]
@@ -164,7 +164,7 @@ def not_read(name: str) -> str:
 def _bend(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, bool]:
     """Slope and offset ``[vocab]`` of logits over what the unembedding gives, and if it is bent."""
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    levels = torch.tensor(LEVELS, dtype=logits.dtype)[:, None]
+    levels = torch.tensor(LEVELS, dtype=logits.dtype, device="cpu")[:, None]
     rows, offset = logits[: len(LEVELS)], logits[0]
     slope = (rows[-2] - rows[-1]) / (2 * levels[-2])
     off = rows - (offset + slope * levels)

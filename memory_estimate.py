@@ -159,15 +159,19 @@ def measure_sizes(architecture: Architecture, request: Request) -> ModelSizes:
 
 def _peak(architecture: Architecture, request: Request, length: int) -> tuple[Recording, int]:
     """What a pass over one row keeps of its last token, and the bytes alive at its peak."""
-    ids = torch.zeros(1, length, dtype=torch.long)
-    mask = (torch.arange(length) > 0).long()[None] if length > 1 else None  # padding, as batches do
+    ids = torch.zeros(1, length, dtype=torch.long, device="cpu")
+    mask = (
+        (torch.arange(length, device="cpu") > 0).long()[None] if length > 1 else None
+    )  # padding, as batches do
     sites = request.sites or (Site("resid_post", architecture.n_layers - 1),)
     model = architecture.model
     owned = (*model.parameters(), *model.buffers())
     known = {p.untyped_storage().data_ptr() for tensor in owned for p in _plain(tensor)}
     with _LiveBytes(known) as live:
         inputs = architecture.inputs(ids, mask)
-        found = record(architecture, inputs, sites, positions=torch.tensor([length - 1]))
+        found = record(
+            architecture, inputs, sites, positions=torch.tensor([length - 1], device="cpu")
+        )
     if not request.sites:
         found.clear()
     for site in found:

@@ -167,7 +167,9 @@ class Architecture:
         fingerprint = hash((self.model.dtype, *map(id, modules_of(self.model))))
         known = _KNOWN.get(self.model)
         if known is None or known[0] != fingerprint:
-            ids = torch.arange(1, PROBE_LENGTH + 1).remainder(self.config.vocab_size)[None]
+            ids = torch.arange(1, PROBE_LENGTH + 1, device="cpu").remainder(self.config.vocab_size)[
+                None
+            ]
             inputs = self.inputs(ids)
             refuse_encoder(self.model, self.body, inputs)
             if find_mesh(self.model) is not None:

@@ -162,7 +162,7 @@ class _Meter:
         """Run one text through both."""
         streams = []
         for arch in self.arches:
-            kept = record(arch, arch.inputs(torch.tensor([ids])), self.sites)
+            kept = record(arch, arch.inputs(torch.tensor([ids], device="cpu")), self.sites)
             streams.append([kept[site][0] for site in self.sites])
         for row, (a, b) in enumerate(zip(*streams, strict=True)):
             self._distances(row, a.cpu().double(), b.cpu().double())
@@ -306,9 +306,9 @@ def _added(adapter: nn.Module) -> Tensor:
     """What a module's active adapters add to its weight."""
     module: Any = adapter
     if getattr(module, "merged", False) or getattr(module, "disable_adapters", False):
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     names = [name for name in module.active_adapters if name in module.lora_A]
-    return sum((module.get_delta_weight(name) for name in names), torch.zeros(()))
+    return sum((module.get_delta_weight(name) for name in names), torch.zeros((), device="cpu"))
 
 
 def _place(arch: Architecture, name: str) -> tuple[int, str]:

@@ -25,6 +25,16 @@ def exact(tensor: Tensor) -> Tensor:
     return tensor.double() if there else tensor.cpu().double()
 
 
+def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor where it lies; numbers, a list or an array on the CPU.
+
+    `torch.as_tensor` puts both on the device that ``torch.set_default_device`` names.
+    """
+    if isinstance(value, Tensor):
+        return value if dtype is None else value.to(dtype)
+    return torch.as_tensor(value, dtype=dtype, device="cpu")
+
+
 def modules_of(model: nn.Module) -> list[nn.Module]:
     """Every module of a model once, parents first: ``model.modules()``, ten times faster."""
     found = dict.fromkeys([model])

@@ -114,8 +114,8 @@ def noise_like(value: Tensor, seed: int, size: float = 1.0) -> Tensor:
     """Normal noise of a tensor's shape, each row with a mean of its own, on its device."""
     generator = seeded(seed)
     rows = value.reshape(-1, value.shape[-1]).shape
-    noise = torch.randn(rows, generator=generator)
-    noise = noise + 0.5 * torch.randn(rows[0], 1, generator=generator)
+    noise = torch.randn(rows, generator=generator, device="cpu")
+    noise = noise + 0.5 * torch.randn(rows[0], 1, generator=generator, device="cpu")
     return (size * noise).view(value.shape).to(value)
 
 
@@ -146,7 +146,7 @@ def norm_gains(architecture: Architecture, norms: Sequence[nn.Module]) -> list[N
 
         return hook
 
-    inputs = architecture.inputs(torch.ones(ROWS, 1, dtype=torch.long))
+    inputs = architecture.inputs(torch.ones(ROWS, 1, dtype=torch.long, device="cpu"))
     with UndoStack() as stack:
         evaluate(stack, architecture.model)
         stack.enter_context(
@@ -228,7 +228,9 @@ def _what_attention_reads(
                 if module not in inside and next(module.children(), None) is None:
                     taps += _noting(runs[layer], module)
             stack.enter_context(attached(taps, last=True))
-        ids = torch.arange(1, ROWS + 1).remainder(architecture.config.vocab_size)[:, None]
+        ids = torch.arange(1, ROWS + 1, device="cpu").remainder(architecture.config.vocab_size)[
+            :, None
+        ]
         architecture.body(**architecture.inputs(ids), use_cache=False)
     streams = {layer: kept[Site("resid_pre", layer)].flatten(0, -2) for layer in layers}
     return {layer: (streams[layer], read[layer], runs[layer]) for layer in layers}

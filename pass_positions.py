@@ -109,9 +109,9 @@ class SequenceClock(Clock):
         """Passes since the clock was attached."""
         self.generated = False
         """Whether a pass since then held tokens that are not of a prompt."""
-        self.prompt_lengths = torch.zeros(0, dtype=torch.long)
+        self.prompt_lengths = torch.zeros(0, dtype=torch.long, device="cpu")
         """Real tokens of each row's prompt, ``[batch]``."""
-        self._numbers = torch.zeros(0, 0, dtype=torch.long)
+        self._numbers = torch.zeros(0, 0, dtype=torch.long, device="cpu")
         """Absolute position of each of the prompt's columns, -1 at padding, ``[batch, column]``."""
         self._prompt: Tensor | None = None
         self._listeners: list[Any] = []
@@ -166,7 +166,7 @@ class SequenceClock(Clock):
     def _start(self, tokens: Tensor, mask: Any) -> None:
         batch, columns = tokens.shape[:2]
         self._prompt = tokens.detach().clone() if tokens.dim() == 2 else None
-        real = torch.ones(batch, columns, dtype=torch.bool)
+        real = torch.ones(batch, columns, dtype=torch.bool, device="cpu")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             real = mask[:, :columns].bool().cpu()
         elif mask is not None and batch > 1:
@@ -212,7 +212,7 @@ class SequenceClock(Clock):
     def _select(self, positions: PassPositions, first: int | None) -> Selection:
         end = self.offset + self.length
         lengths = self.prompt_lengths[:, None]
-        later = lengths + torch.arange(max(end - self._numbers.shape[1], 0))
+        later = lengths + torch.arange(max(end - self._numbers.shape[1], 0), device="cpu")
         absolute = torch.cat([self._numbers, later], 1)  # [batch, column of the sequence]
         absolute = absolute[:, self.offset if first is None else first : end]
         order = _order(positions, absolute, lengths)

@@ -20,6 +20,7 @@ from activation_record import ActivationRecord
 from block_trace import PROBE_LENGTH
 from forward_pass import READ_ONLY, InputError, Site, SiteError, read_only_message, record
 from model_architecture import Architecture, Layer
+from module_devices import as_tensor
 from pass_positions import PassPositions, Selection, SequenceClock, check_spec
 from steering_vector import SteeringVector
 from tokenization import resolve_positions
@@ -116,7 +117,9 @@ def token_shapes(architecture: Architecture) -> dict[Site, tuple[int, ...]]:
         layers = range(architecture.n_layers)
         sites = [Site(n, i) for i in layers for n in architecture.available_sites(i)]
         run = [site for site in sites if site.name != "attn_pattern"]
-        ids = torch.arange(1, PROBE_LENGTH + 1).remainder(architecture.config.vocab_size)[None]
+        ids = torch.arange(1, PROBE_LENGTH + 1, device="cpu").remainder(
+            architecture.config.vocab_size
+        )[None]
         values = record(architecture, architecture.inputs(ids), run)
         known = {site: tuple(value.shape[2:]) for site, value in values.items()}
         for site in set(sites) - set(run):
@@ -241,7 +244,7 @@ def _as_tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     try:
-        return torch.as_tensor(value, dtype=torch.float64)
+        return as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
             "a patch's value is a tensor, a number, a function or an ActivationRecord; came "
@@ -324,7 +327,7 @@ class _Part:
                 raise SiteError(f"{site.name} has no head axis; leave head out")
             head = _index("head", head, shape[0], site)
             rest = rest[1:]
-        neurons = None if neuron is None else torch.as_tensor(neuron).reshape(-1)
+        neurons = None if neuron is None else as_tensor(neuron).reshape(-1)
         if neurons is not None and self.free:
             raise SiteError(
                 "attn_pattern has keys on its last axis, not neurons: change the row of a head by "
@@ -334,7 +337,7 @@ class _Part:
             if neurons.dtype.is_floating_point or neurons.dtype == torch.bool or not len(neurons):
                 raise SiteError(f"neuron is an index, or a list of them; came {neuron!r}")
             whole = [_index("neuron", int(i), shape[-1], site) for i in neurons]
-            neurons = torch.tensor(whole)
+            neurons = torch.tensor(whole, device="cpu")
             rest = [*rest[:-1], len(whole)]
         self.head, self.neurons, self.shape = head, neurons, tuple(rest)
 

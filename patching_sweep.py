@@ -200,7 +200,7 @@ class _Sweep:
     def _run_prompts(
         self, prompts: list[list[int]], sites: list[Site], read: Any, cached: bool
     ) -> BaseRun:
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device="cpu")
         wanted = range(ids.shape[1]) if read is None else read
         return run_base(self.architecture, ids, sites, wanted, cached=cached)
 
@@ -234,10 +234,10 @@ class _Sweep:
         base: BaseRun,
         bar: Any,
     ) -> None:
-        rows = torch.tensor([row for row, _ in where])
+        rows = torch.tensor([row for row, _ in where], device="cpu")
 
         def reduce(chosen: Tensor, logits: Tensor) -> Tensor:
-            values = torch.zeros(len(chosen), dtype=torch.float64)
+            values = torch.zeros(len(chosen), dtype=torch.float64, device="cpu")
             for row in rows[chosen].unique().tolist():
                 mine = rows[chosen] == row
                 metric: Any = self.metrics[numbers[row]]

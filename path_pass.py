@@ -243,7 +243,7 @@ def run_paths(runs: PathRuns, plans: Sequence[PathPlan], grows: bool) -> Tensor:
         added = torch.where(where, deltas[rows].to(stream.device), 0)
         return (stream + added).to(stream.dtype)
 
-    prompts = torch.zeros(len(pairs) + len(plans), dtype=torch.long)
+    prompts = torch.zeros(len(pairs) + len(plans), dtype=torch.long, device="cpu")
     with UndoStack() as stack:
         evaluate(stack, arch.model)
         deltas = sender_deltas(runs, plans)
@@ -283,23 +283,27 @@ class _Passing:
     # Which rows are concerned, each ``[path]`` or ``[path, head]`` -----------------------------
 
     def _receive(self, kind: str, layer: int) -> Tensor:
-        return torch.tensor([Node(kind, layer) in plan.receivers for plan in self.plans])
+        return torch.tensor(
+            [Node(kind, layer) in plan.receivers for plan in self.plans], device="cpu"
+        )
 
     def _receive_heads(self, kind: str, layer: int, count: int) -> Tensor:
         wanted = [Node(kind, layer, head) for head in range(count)]
-        return torch.tensor([[node in plan.receivers for node in wanted] for plan in self.plans])
+        return torch.tensor(
+            [[node in plan.receivers for node in wanted] for plan in self.plans], device="cpu"
+        )
 
     def _send(self, kind: str, layer: int) -> Tensor:
-        return torch.tensor([Node(kind, layer) in plan.inside for plan in self.plans])
+        return torch.tensor([Node(kind, layer) in plan.inside for plan in self.plans], device="cpu")
 
     def _send_heads(self, layer: int) -> Tensor:
         wanted = [Node("head", layer, head) for head in range(self.arch.heads(layer)[0])]
         rows = [[node in plan.inside for node in wanted] for plan in self.plans]
-        return torch.tensor(rows).view(len(rows), len(wanted))
+        return torch.tensor(rows, device="cpu").view(len(rows), len(wanted))
 
     def _through(self, layer: int) -> Tensor:
         here = self.arch.missing(Site("mlp_out", layer)) is None
-        return torch.tensor([here and layer in plan.through for plan in self.plans])
+        return torch.tensor([here and layer in plan.through for plan in self.plans], device="cpu")
 
     def _mlp_reads(self, layer: int) -> bool:
         return bool((self._receive("mlp", layer) | self._through(layer)).any())

@@ -149,7 +149,7 @@ def _check_lengths(tokenizer: Any, pair: PromptPair) -> None:
 
 def _mask(positions: Positions, length: int) -> Tensor:
     """``[position]``, whether a position is meant."""
-    mask = torch.zeros(length, dtype=torch.bool)
+    mask = torch.zeros(length, dtype=torch.bool, device="cpu")
     mask[resolve_positions(positions, length)] = True
     return mask
 
@@ -212,7 +212,7 @@ class _PathStudy:
         """The metric's change by each group's paths."""
         arch = self.architecture
         able = abilities(arch)
-        ids = [torch.tensor([each]) for each in (pair.base, pair.source)]
+        ids = [torch.tensor([each], device="cpu") for each in (pair.base, pair.source)]
         base = run_base(arch, ids[0], self.sites, measured.read, cached=able.suffix)
         other = run_base(arch, ids[1], self.sites, measured.read, cached=False)
         measured.prepare(base.logits, other.logits)

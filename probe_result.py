@@ -16,6 +16,7 @@ import torch
 
 from array_files import built, open_arrays, write_arrays
 from forward_pass import InputError, LayerError
+from module_devices import as_tensor
 from steering_direction import Direction
 from tagged_json import decode, encode
 
@@ -271,7 +272,7 @@ class ProbeResult:
             InputError: the width differs, or a number is not finite.
         """
         row = self._row(layer)
-        x = torch.as_tensor(activations).detach().cpu().double().numpy()
+        x = as_tensor(activations).detach().cpu().double().numpy()
         if x.shape[-1:] != self.weights.shape[-1:]:
             raise InputError(f"activations are […, {self.weights.shape[-1]}]; came {x.shape}")
         if not np.isfinite(x).all():

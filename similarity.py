@@ -26,6 +26,7 @@ from array_files import built, open_arrays, write_arrays
 from direction_finding import check_examples
 from forward_pass import InputError
 from model_architecture import Architecture, Layer
+from module_devices import as_tensor
 from tokenization import Prompt, encode
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def linear_cka(x: Any, y: Any, *, debiased: bool = False, form: str = "auto") ->
 
 
 def _matrix(values: Any, debiased: bool) -> np.ndarray:
-    given = torch.as_tensor(values).detach().cpu()
+    given = as_tensor(values).detach().cpu()
     found = given.cpu().double().numpy()
     least = 4 if debiased else 2
     if found.ndim != 2 or len(found) < least:

@@ -33,7 +33,7 @@ from forward_pass import InputError
 from generation import generate_text
 from intervention_handler import InterventionHandler, refuse_chunks
 from model_architecture import Architecture, Layer
-from module_devices import compute_device
+from module_devices import as_tensor, compute_device
 from pass_positions import PassPositions
 from steering_direction import Direction, by_layer
 from steering_vector import SteeringVector
@@ -137,7 +137,7 @@ def steer(
     handler = InterventionHandler(model)
     architecture = handler.architecture
     for layer, found, own_site in _places(architecture, directions, layers):
-        vector = torch.as_tensor(found).to(_device(architecture, layer))
+        vector = as_tensor(found).to(_device(architecture, layer))
         steering = SteeringVector(
             vector, layer, coefficient, positions, operation, keep_norm, site or own_site
         )

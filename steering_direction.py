@@ -23,6 +23,7 @@ from torch import Tensor
 
 from array_files import open_arrays, write_arrays
 from forward_pass import InputError, RecordFileError
+from module_devices import as_tensor
 from steering_vector import SteeringVector
 
 KIND = "steering directions"
@@ -62,7 +63,7 @@ class Direction:
 
     def __post_init__(self) -> None:
         """Bring the vector into a copy of its own, and refuse what is none."""
-        vector = torch.as_tensor(self.vector).detach()
+        vector = as_tensor(self.vector).detach()
         if vector.dim() != 1 or not vector.numel() or not bool(vector.isfinite().all()):
             why = "" if bool(vector.isfinite().all()) else " with NaN or infinity"
             raise InputError(f"a direction is [d_model], finite; came {list(vector.shape)}{why}")

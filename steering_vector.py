@@ -28,6 +28,7 @@ from torch import Tensor
 
 from forward_pass import InputError
 from model_architecture import Layer
+from module_devices import as_tensor
 from pass_positions import PassPositions, check_spec
 
 
@@ -81,7 +82,7 @@ class SteeringVector:
 
     def __post_init__(self) -> None:
         """Bring the vector into one form, and refuse what cannot be applied."""
-        vector = torch.as_tensor(getattr(self.vector, "vector", self.vector)).detach()
+        vector = as_tensor(getattr(self.vector, "vector", self.vector)).detach()
         vector = vector.to(torch.promote_types(vector.dtype, torch.float32)).squeeze()
         if vector.dim() != 1 or not bool(vector.isfinite().all()):
             raise InputError(

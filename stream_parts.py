@@ -140,7 +140,7 @@ def record_parts(
         writers: Whose matrices are watched.
         sites: What else to keep.
     """
-    index = torch.tensor(positions)
+    index = torch.tensor(positions, device="cpu")
     with UndoStack() as stack:
         evaluate(stack, architecture.model)
         found = Recorded(stack.enter_context(recording(architecture, sites, index)))
@@ -150,7 +150,7 @@ def record_parts(
             *_head_taps(architecture, index, found),
         ]
         stack.enter_context(attached(taps, last=True))
-        inputs = architecture.inputs(torch.tensor([list(ids)]))
+        inputs = architecture.inputs(torch.tensor([list(ids)], device="cpu"))
         logits = architecture.model(**inputs, use_cache=False).logits
         found.logits = logits[0, index.to(logits.device)]
     return found
@@ -242,7 +242,11 @@ def find_link(architecture: Architecture, writer: Writer, found: Recorded) -> Li
     if through is not None:
         return through
     times = multiple_of(found.at(writer.out), given)
-    return None if times is None else Link(None, torch.full((1, 1), times, dtype=torch.float64))
+    return (
+        None
+        if times is None
+        else Link(None, torch.full((1, 1), times, dtype=torch.float64, device="cpu"))
+    )
 
 
 def _through_norm(

@@ -164,8 +164,8 @@ class CellPlanner:
         self.options, self.pair, self.base, self.local_end = options, pair, base, local_end
         self.there: dict[int, Tensor] = {}
         self.differs: dict[int, Tensor] = {}
-        index = torch.tensor([pair.mapping[p] for p in places])
-        self.places = torch.tensor(places)
+        index = torch.tensor([pair.mapping[p] for p in places], device="cpu")
+        self.places = torch.tensor(places, device="cpu")
         self.column = {position: i for i, position in enumerate(places)}
         for layer in options.layers:
             site = Site(options.site, layer)
@@ -206,7 +206,7 @@ class CellPlanner:
             value = value[..., cell.neuron]
         if len(positions) == 1:
             return Edit(site, value[0], positions[0], cell.head, cell.neuron)
-        return Edit(site, value, torch.tensor(positions), cell.head, cell.neuron)
+        return Edit(site, value, torch.tensor(positions, device="cpu"), cell.head, cell.neuron)
 
     def _is_all(self, positions: Sequence[int]) -> bool:
         """Whether the metric reads exactly what the source's last stream says, token for token."""

@@ -8,6 +8,7 @@ onto the tokenizer: where it has no pad token, padding is any token under an att
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -77,6 +78,26 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[in
         other = "" if bos is None else f", or pass the BOS token alone as token ids: [{bos}]"
         raise InputError(f"the prompt {prompt!r} gives no token; write some text{other}")
     return ids
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase | None, prompts: Sequence[Prompt]
+) -> list[list[int] | None]:
+    """Token ids of many texts in one call, several times faster than one by one.
+
+    Returns:
+        For each prompt its ids; None where it is no text, or one that `encode` refuses.
+    """
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if tokenizer is None or not texts:
+        return [None] * len(prompts)
+    good = [text for text in texts if text.isascii() or not _SURROGATE.search(text)]
+    found = iter(tokenizer(good)["input_ids"] if good else [])
+    ids = dict(zip(good, found, strict=True))
+    return [list(ids.get(p, ())) or None if isinstance(p, str) else None for p in prompts]
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _refuse_surrogates(text: str, what: str = "the prompt") -> None:
@@ -191,6 +212,7 @@ def token_id(tokenizer: PreTrainedTokenizerBase | None, token: str | int, config
 
 
 _TOKEN_STRINGS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, str]] = WeakKeyDictionary()
+_ANCHORS: WeakKeyDictionary[Any, tuple[list[int], str]] = WeakKeyDictionary()
 
 
 def token_strings(tokenizer: PreTrainedTokenizerBase | None, ids: Iterable[int]) -> list[str]:
@@ -209,16 +231,26 @@ def _token_string(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """What the token adds to a text that already holds a letter."""
     if not 0 <= token < 2**32:  # tokenizers count in 32 bits
         return f"<{token}>"
-    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
-    alone, both, by_itself = (
-        str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-        for ids in (anchor, [*anchor, token], [token])
-    )
-    text = both[len(alone) :] if both.startswith(alone) else by_itself
+    anchor, alone = _anchor(tokenizer)
+    both = _decoded(tokenizer, [*anchor, token])
+    text = both[len(alone) :] if both.startswith(alone) else _decoded(tokenizer, [token])
     if text and "\ufffd" not in text:
         return text
     piece = tokenizer.convert_ids_to_tokens(token)
     return f"<{token}>" if piece is None else str(piece)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
+    """A letter's ids and text, found once per tokenizer."""
+    found = _ANCHORS.get(tokenizer)
+    if found is None:
+        ids = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+        found = _ANCHORS[tokenizer] = (ids, _decoded(tokenizer, ids))
+    return found
 
 
 def resolve_positions(positions: Positions, length: int) -> list[int]:
@@ -284,7 +316,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Te
         Ids ``[batch, position]`` and the attention mask of the same shape, 0 at padding.
     """
     width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(width)[None] >= (width - lengths)[:, None]).long()
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device="cpu")
+    lengths = torch.tensor([len(row) for row in rows], device="cpu")
+    mask = (torch.arange(width, device="cpu")[None] >= (width - lengths)[:, None]).long()
     return ids, mask

@@ -114,7 +114,7 @@ class TunedLens:
         parameters = [self.weight_.requires_grad_(), self.bias_.requires_grad_()]
         optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, max(self.steps, 1))
-        self.history_ = torch.zeros(self.steps, len(labels))
+        self.history_ = torch.zeros(self.steps, len(labels), device="cpu")
         hidden = not show_progress or not sys.stderr.isatty()
         batches = self._batches(rows)
         for step in tqdm(range(self.steps), desc="tuned lens", unit="step", disable=hidden):
@@ -144,7 +144,7 @@ class TunedLens:
             raise InputError(
                 f"the texts have {len(ids)} tokens; one row takes context={self.context}"
             )
-        rows = torch.tensor(ids[: count * self.context]).view(count, self.context)
+        rows = torch.tensor(ids[: count * self.context], device="cpu").view(count, self.context)
         for row in rows.tolist():
             check_ids(row, architecture.config)
         return rows
@@ -152,11 +152,13 @@ class TunedLens:
     def _batches(self, rows: Tensor) -> Iterator[Tensor]:
         """Rows in a new random order each time round, for ever."""
         generator = torch.Generator().manual_seed(self.seed)
-        waiting = torch.empty(0, dtype=torch.long)
+        waiting = torch.empty(0, dtype=torch.long, device="cpu")
         size = min(self.batch_size, len(rows))
         while True:
             if len(waiting) < size:
-                waiting = torch.cat([waiting, torch.randperm(len(rows), generator=generator)])
+                waiting = torch.cat(
+                    [waiting, torch.randperm(len(rows), generator=generator, device="cpu")]
+                )
             yield rows[waiting[:size]]
             waiting = waiting[size:]
 

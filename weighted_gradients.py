@@ -46,7 +46,7 @@ def at_input(opened: EmbeddingPass, baseline: Tensor | None) -> GradientPlan:
     factor = None if baseline is None else _wide(opened.embedding) - _wide(baseline)
     return GradientPlan(
         lambda numbers: opened.embedding.expand(len(numbers), -1, -1),
-        torch.ones(1, dtype=torch.float64),
+        torch.ones(1, dtype=torch.float64, device="cpu"),
         factor,
     )
 
@@ -92,13 +92,13 @@ def around_input(
     def one(number: int) -> Tensor:
         (state,) = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
-        return torch.randn(center.shape, generator=generator).to(center)
+        return torch.randn(center.shape, generator=generator, device="cpu").to(center)
 
     def points(numbers: Sequence[int]) -> Tensor:
         noisy = [center + scale * one(number) for number in numbers]
         return torch.stack(noisy).to(opened.embedding.dtype)
 
-    weights = torch.full((n_samples,), 1 / n_samples, dtype=torch.float64)
+    weights = torch.full((n_samples,), 1 / n_samples, dtype=torch.float64, device="cpu")
     return GradientPlan(points, weights, center - _wide(baseline))
 
 
@@ -133,7 +133,7 @@ def weighted_gradients(
     shape = (measure.count, *opened.embedding.shape[: 2 if whole else 1])
 
     def run(numbers: Sequence[int]) -> Tensor:
-        part = torch.zeros(shape, dtype=torch.float64)
+        part = torch.zeros(shape, dtype=torch.float64, device="cpu")
 
         def take(target: int, gradient: Tensor) -> None:
             wide = _wide(gradient)
@@ -144,7 +144,7 @@ def weighted_gradients(
         opened.gradients(plan.points(numbers), measure, take)
         return part
 
-    total = torch.zeros(shape, dtype=torch.float64)
+    total = torch.zeros(shape, dtype=torch.float64, device="cpu")
     size = batch_size or rows_per_pass(opened, graph=True)
     batches = in_batches(
         _chunks(len(plan.weights), size),

@@ -286,6 +286,27 @@ def test_public_functions_name_the_errors_that_they_raise(module):
     assert undocumented_errors(parse(module)) == []
 
 
+MAKERS = {
+    "arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm",
+    "tensor", "tril_indices", "triu_indices", "zeros", "as_tensor", "asarray",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_tensor_is_made_on_a_device_that_is_named(module):
+    """Without one it lies wherever the user's ``torch.set_default_device`` says."""
+    found = [
+        f"{module}.py:{node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and ast.unparse(node.func.value) == "torch"
+        and node.func.attr in MAKERS
+        and "device" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert found == [], "say device=, or use module_devices.as_tensor"
+
+
 def test_the_facade_only_delegates():
     facade = next(
         node

@@ -15,6 +15,7 @@ from torch.utils import backend_registration
 import families
 import generation
 import module_devices
+from long_calls import CALLS
 from model_architecture import Architecture
 from module_devices import compute_device, compute_devices, exact
 
@@ -139,4 +140,16 @@ def test_analyses_run_on_a_device_without_float64():
 def test_every_analysis_runs_on_a_device_without_float64(family):
     found = trials(family, "more")
     assert sum(each is not None for each in found.values()) >= 15
+    assert_alike(found)
+
+
+@pretended
+@pytest.mark.parametrize(
+    "family", ["gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "bloom"))]
+)
+def test_the_default_device_may_be_another(family):
+    """What the user sets with ``torch.set_default_device`` gets none of the toolkit's tables."""
+    found = trials(family, "calls")
+    assert set(found) == set(CALLS)
+    assert None not in found.values()
     assert_alike(found)
