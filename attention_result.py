@@ -172,8 +172,15 @@ class AttentionPatterns:
     def view(self, title: str = "") -> AttentionView:
         """A page for a browser: every token's attention under the pointer, without any network.
 
-        See `attention_view.attention_view`.
+        See `attention_view.attention_view`; ``.view().save(path)`` writes the page.
+
+        Raises:
+            InputError: the title is no text.
         """
+        if not isinstance(title, str):
+            raise InputError(
+                f"title is a text; came {title!r}. To write the page: .view().save({str(title)!r})"
+            )
         from attention_view import attention_view
 
         return attention_view(self.patterns, self.layers, self.tokens, title)

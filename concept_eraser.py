@@ -33,7 +33,7 @@ from torch import Tensor
 from activation_extraction import extract_batch
 from activation_rows import ActivationRows, knows_layers, rows_of, varies
 from array_files import built, open_arrays, write_arrays
-from direction_finding import check_examples
+from direction_finding import check_examples, erasing_projection
 from extraction_request import make_request
 from forward_pass import InputError, Site, edit
 from linear_probes import Fold, rows_of_texts
@@ -50,10 +50,6 @@ METHODS = ("leace", "mean")
 KIND, RESULT_KIND = "concept eraser", "concept erasure check"
 VERSION = 1
 """Of the files' schema."""
-
-ROUNDING = 1e-10
-"""Eigenvalues and singular values below this share of the largest count as 0."""
-
 
 # --- The eraser -----------------------------------------------------------------------------------
 
@@ -219,34 +215,6 @@ def _fit(
         x, torch.from_numpy(z), 1.0 if method == "mean" else shrinkage
     )
     return ConceptEraser(left, right, mean, rows.layers[place], rows.site, method, rows.model)
-
-
-def erasing_projection(x: Tensor, z: Tensor, shrinkage: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``left [d, rank]``, ``right [rank, d]`` and ``mean [d]``; see the module for the formula.
-
-    Args:
-        x: Activations ``[example, d]``, float64.
-        z: What is erased, ``[example, k]``, float64.
-        shrinkage: 0 is LEACE, 1 the mean projection.
-
-    Raises:
-        InputError: ``x`` and ``z`` are not correlated.
-    """
-    mean = x.mean(0)
-    centred, wanted = x - mean, z - z.mean(0)
-    covariance = centred.T @ centred / len(x)
-    cross = centred.T @ wanted / len(x)
-    level = covariance.diagonal().mean()
-    if not float(cross.norm()) > ROUNDING * float(level.sqrt() * wanted.square().mean().sqrt()):
-        raise InputError("the labels make no difference to these activations: nothing to erase")
-    size = torch.eye(len(mean), dtype=x.dtype, device="cpu") * level
-    values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * size)
-    kept = values > ROUNDING * values[-1]
-    values, vectors = values[kept].sqrt(), vectors[:, kept]
-    u, s, _ = torch.linalg.svd((vectors / values) @ (vectors.T @ cross), full_matrices=False)
-    u = u[:, s > ROUNDING**0.5 * s[0]]
-    inside = vectors.T @ u
-    return vectors @ (values[:, None] * inside), (inside / values[:, None]).T @ vectors.T, mean
 
 
 def erase_concept(

@@ -94,10 +94,9 @@ def erased_direction(positive: Tensor, negative: Tensor) -> Tensor:
     """The line along which LEACE moves an activation to erase the concept.
 
     Raises:
-        ImportError: the package ``concept-erasure`` is not installed.
-        InputError: there are too few examples for a covariance.
+        InputError: the examples do not differ, or are too few for a covariance.
     """
-    return _stretched(exact(_fit_leace(positive, negative).proj_left[:, 0]), positive, negative)
+    return _stretched(_fit_leace(positive, negative)[0][:, 0], positive, negative)
 
 
 METHODS: dict[str, Method] = {
@@ -112,6 +111,8 @@ METHODS: dict[str, Method] = {
 def leace_eraser(positive: Tensor, negative: Tensor) -> Callable[[Tensor], Tensor]:
     """The least-squares eraser of what tells two sets of activations apart (Belrose et al. 2023).
 
+    `concept_eraser.erase_concept` does more: several classes, numbers, a check in the model.
+
     Args:
         positive: ``[n, d]``, of one layer (`read_examples`).
         negative: ``[m, d]``.
@@ -121,41 +122,72 @@ def leace_eraser(positive: Tensor, negative: Tensor) -> Callable[[Tensor], Tenso
         concept, in their dtype. ``ActivationPatch(layer, None, eraser)`` puts it in force.
 
     Raises:
-        ImportError: the package ``concept-erasure`` is not installed.
-        InputError: there are too few examples for a covariance.
+        InputError: the examples do not differ, or are too few.
     """
     fitted = _fit_leace(positive, negative)
 
     def _erase(activation: Tensor) -> Tensor:
-        left, right, mean = (
-            part.to(activation.device)
-            for part in (fitted.proj_left, fitted.proj_right, fitted.bias)
-        )
-        h = activation.to(left.dtype)
+        left, right, mean = (part.to(activation.device, torch.float32) for part in fitted)
+        h = activation.float()
         return (h - (h - mean) @ right.T @ left.T).to(activation.dtype)
 
     return _erase
 
 
-def _fit_leace(positive: Tensor, negative: Tensor) -> Any:
-    """The library's eraser: ``proj_left [d, 1]``, ``proj_right [1, d]``, ``bias [d]``, float32."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # its own use of torch.jit
-            from concept_erasure import LeaceFitter
-    except ImportError as error:
-        raise ImportError(
-            "erasure by LEACE needs the package concept-erasure: pip install concept-erasure"
-        ) from error
-    both = torch.cat([positive, negative]).float()
-    labels = torch.tensor([1] * len(positive) + [0] * len(negative), device=both.device)
-    eraser = LeaceFitter.fit(both, labels).eraser
-    if not bool(eraser.proj_left.isfinite().all() and eraser.proj_left.any()):
+def _fit_leace(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``left [d, 1]``, ``right [1, d]`` and ``mean [d]``, float64.
+
+    There are fewer examples than features as a rule, so the covariance is shrunk towards a multiple
+    of 1 by the oracle approximating share (Chen et al. 2010, "Shrinkage Algorithms for MMSE
+    Covariance Estimation", equation 23), as scikit-learn computes it.
+
+    Raises:
+        InputError: there are not two of each, or they do not differ.
+    """
+    from sklearn.covariance import OAS
+
+    x = exact(torch.cat([positive, negative])).cpu()
+    z = torch.zeros(len(x), 1, dtype=x.dtype, device="cpu")
+    z[: len(positive)] = 1
+    if len(positive) < 2 or len(negative) < 2:
         raise InputError(
-            f"LEACE found nothing to erase in {len(positive)} + {len(negative)} examples: "
-            "give more of them, at least a few dozen"
+            f"LEACE needs a covariance, so two examples of each kind or, better, a few dozen; came "
+            f"{len(positive)} + {len(negative)}: give more of them"
         )
-    return eraser
+    share = OAS(store_precision=False).fit(x.numpy()).shrinkage_
+    return erasing_projection(x, z, float(share))
+
+
+NOTHING = 1e-10
+"""Eigenvalues and singular values below this share of the largest count as 0."""
+
+
+def erasing_projection(x: Tensor, z: Tensor, shrinkage: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``left [d, rank]``, ``right [rank, d]`` and ``mean [d]``; `concept_eraser` has the formula.
+
+    Args:
+        x: Activations ``[example, d]``, float64.
+        z: What is erased, ``[example, k]``, float64.
+        shrinkage: 0 is LEACE, 1 the mean projection.
+
+    Raises:
+        InputError: ``x`` and ``z`` are not correlated.
+    """
+    mean = x.mean(0)
+    centred, wanted = x - mean, z - z.mean(0)
+    covariance = centred.T @ centred / len(x)
+    cross = centred.T @ wanted / len(x)
+    level = covariance.diagonal().mean()
+    if not float(cross.norm()) > NOTHING * float(level.sqrt() * wanted.square().mean().sqrt()):
+        raise InputError("the labels make no difference to these activations: nothing to erase")
+    size = torch.eye(len(mean), dtype=x.dtype, device="cpu") * level
+    values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * size)
+    kept = values > NOTHING * values[-1]
+    values, vectors = values[kept].sqrt(), vectors[:, kept]
+    u, s, _ = torch.linalg.svd((vectors / values) @ (vectors.T @ cross), full_matrices=False)
+    u = u[:, s > NOTHING**0.5 * s[0]]
+    inside = vectors.T @ u
+    return vectors @ (values[:, None] * inside), (inside / values[:, None]).T @ vectors.T, mean
 
 
 def _stretched(line: Tensor, positive: Tensor, negative: Tensor) -> Tensor:

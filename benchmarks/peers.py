@@ -172,7 +172,11 @@ def run_model(
             able = {kit: w for kit, w in workers.items() if "error" not in started[kit]}
             for row in ROWS:
                 run.rows[row] = measure_row(row, able, rounds)
-                print(f"{name}: {row} done", file=sys.stderr, flush=True)
+                for kit, each in run.rows[
+                    row
+                ].items():  # so that a run cut short has told something
+                    line = _line(row, kit, each, run.rows[row].get("plain"))
+                    print(f"{name} {line}", file=sys.stderr, flush=True)
             for kit, worker in able.items():
                 answer = worker.ask("untouched")
                 run.changed[kit] = answer.get("changed", answer.get("error", ""))

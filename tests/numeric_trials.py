@@ -159,7 +159,9 @@ def hooked_at(name: str) -> Callable[[Any], list[Tensor]]:
         heads = {site: arch.heads(site.layer)[0] for site in seen}
         if name == "head_out":
             seen = {site: value.unflatten(-1, (heads[site], -1)) for site, value in seen.items()}
-        return [logits, *(value.view(1, len(CLEAN), *value.shape[2:]) for value in seen.values())]
+        own = 2 if name == "head_out" else 1  # axes of one token; some families flatten the others
+        rows = (value.reshape(1, len(CLEAN), *value.shape[-own:]) for value in seen.values())
+        return [logits, *rows]
 
     return theirs
 

@@ -12,6 +12,7 @@ import pytest
 from attention_result import AttentionPatterns
 from attention_view import attention_view, packed
 from browser import CHROMIUM, DRIVER, browser
+from forward_pass import InputError
 from test_attention_figures import patterns
 
 HOSTILE = (
@@ -238,3 +239,8 @@ for (let token = 0; token <= 500; token += 20) {
 return times;
 """
 """What the next frame would do, at once, with the layout that follows."""
+
+
+def test_a_path_is_no_title(tmp_path):
+    with pytest.raises(InputError, match=r"title is a text; .*\.view\(\)\.save\("):
+        patterns().view(tmp_path / "page.html")

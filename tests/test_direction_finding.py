@@ -1,10 +1,8 @@
 """Directions from examples: planted ones are found; activations are those a plain hook sees."""
 
-import sys
-import warnings
-
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from scipy import optimize
 
@@ -136,20 +134,35 @@ def test_methods_do_not_write_into_their_examples():
         assert all(torch.equal(a, b) for a, b in zip(tables, copies, strict=True))
 
 
-def needs_leace():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the package's own use of torch.jit
-        pytest.importorskip("concept_erasure", reason="concept-erasure is not installed")
+def oas_share(x):
+    """Chen et al. 2010, equation 23, written out; 2 / p is taken as 0, as scikit-learn does."""
+    centred = x - x.mean(0)
+    n, p = x.shape
+    s = centred.T @ centred / n
+    square, trace = float((s @ s).trace()), float(s.trace())
+    return min(1.0, (square + trace**2) / ((n + 1) * (square - trace**2 / p)))
 
 
-def test_leace_needs_its_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "concept_erasure", None)
-    with pytest.raises(ImportError, match="pip install concept-erasure"):
-        erased_direction(*planted()[:2])
+@pytest.mark.parametrize(("n", "d"), [(6, 40), (200, 12)])
+def test_leace_is_its_formula(n, d):
+    """Σ^(½) P Σ^(−½) of the shrunk covariance, from a square root by another routine."""
+    torch.manual_seed(n)
+    spread = torch.linspace(0.2, 3, d, dtype=torch.float64)
+    positive, negative = (torch.randn(n, d, dtype=torch.float64) * spread + k for k in (0.5, 0.0))
+    x = torch.cat([positive, negative])
+    share, sigma = oas_share(x), torch.cov(x.T, correction=0)
+    sigma = (1 - share) * sigma + share * sigma.trace() / d * torch.eye(d, dtype=torch.float64)
+    root = torch.from_numpy(scipy.linalg.sqrtm(sigma.numpy()).real)
+    white = torch.linalg.solve(root, positive.mean(0) - negative.mean(0))
+    projector = torch.outer(white, white) / (white @ white)
+    map_ = torch.eye(d, dtype=torch.float64) - root @ projector @ torch.linalg.inv(root)
+    expected = (x - x.mean(0)) @ map_.T + x.mean(0)
+    torch.testing.assert_close(leace_eraser(positive, negative)(x), expected, rtol=1e-4, atol=1e-4)
+    line = erased_direction(positive, negative)
+    assert abs(cosine(line, root @ white)) == pytest.approx(1, abs=1e-9)
 
 
 def test_leace_erases_what_a_linear_probe_could_find():
-    needs_leace()
     positive, negative, unit = planted(n=400, gap=1.0)
     found = METHODS["leace"](positive, negative)
     assert cosine(found, unit) > 0.95
@@ -162,7 +175,6 @@ def test_leace_erases_what_a_linear_probe_could_find():
 
 
 def test_leace_can_be_put_in_force(model, tokenizer):
-    needs_leace()
     examples = [read_examples(model, tokenizer, t, [1])[:, 0] for t in (POSITIVE, NEGATIVE)]
     erase = leace_eraser(*examples)
     handler = InterventionHandler(model)
@@ -174,7 +186,6 @@ def test_leace_can_be_put_in_force(model, tokenizer):
 
 
 def test_too_few_examples_for_leace_are_refused():
-    needs_leace()
     with pytest.raises(InputError, match="give more of them"):
         leace_eraser(torch.ones(1, 4), torch.ones(1, 4))
 
