@@ -23,6 +23,7 @@ from logit_metrics import reads_of
 from model_architecture import Architecture, Layer
 from prompt_pairs import PromptPair
 from sweep_result import AXES
+from tokenization import as_ids
 
 STREAM_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 HEAD_SITES = ("head_out", "query", "key", "value", "attn_pattern")
@@ -91,12 +92,8 @@ def make_options(
         site=site,
         axes=tuple(axis for axis in AXES if axis in chosen),
         layers=found,
-        heads=_entries("head", heads, min(shape[0] for shape in shapes))
-        if "head" in chosen
-        else (),
-        neurons=_entries("neuron", neurons, min(shape[-1] for shape in shapes))
-        if "neuron" in chosen
-        else (),
+        heads=_entries("head", site, chosen, heads, min(shape[0] for shape in shapes)),
+        neurons=_entries("neuron", site, chosen, neurons, min(shape[-1] for shape in shapes)),
         direction=direction,
         metric=metric,
         normalize=normalize,
@@ -116,16 +113,46 @@ def _layers(
     return tuple(layer for layer in found if not why[layer])
 
 
-def _entries(kind: str, asked: Sequence[int] | None, count: int) -> tuple[int, ...]:
+def _entries(
+    kind: str, site: str, axes: Sequence[str], asked: Sequence[int] | None, count: int
+) -> tuple[int, ...]:
+    """The heads or neurons of a sweep; none where they are no axis of it."""
+    if kind not in axes:
+        _refuse_entries(kind, site, axes, asked)
+        return ()
     if asked is None:
         return tuple(range(count))
-    numbers = [int(number) for number in ([asked] if isinstance(asked, int) else asked)]
+    try:
+        numbers = as_ids([asked] if isinstance(asked, int) else asked)
+    except (InputError, TypeError):
+        raise InputError(
+            f"{kind}s are whole numbers out of 0..{count - 1}, as in {kind}s=[0, 1]; came {asked!r}"
+        ) from None
     for number in numbers:
         if not -count <= number < count:
             raise InputError(f"{kind} {number} is out of range: valid are 0..{count - 1}")
     if not numbers:
         raise InputError(f"{kind}s is empty; None means all")
     return tuple(dict.fromkeys(number % count for number in numbers))
+
+
+def _refuse_entries(
+    kind: str, site: str, axes: Sequence[str], asked: Sequence[int] | None
+) -> None:
+    """Refuse heads or neurons of a sweep that has no such axis, and would exchange all alike."""
+    if asked is None:
+        return
+    holds = site in HEAD_SITES
+    if holds != (kind == "head"):
+        fitting = HEAD_SITES if kind == "head" else [*STREAM_SITES, "mlp_neurons"]
+        raise InputError(
+            f"{kind}s={asked!r} was given, and {site!r} has no {kind}s: leave it out, or take one "
+            f"of {', '.join(fitting)} by itself"
+        )
+    raise InputError(
+        f"{kind}s={asked!r} was given, and the axes {list(axes)} have no {kind!r}: leave it out, "
+        f"or give axes={[*axes, kind]}"
+    )
 
 
 def list_cells(options: SweepOptions, places: Sequence[tuple[int, ...]]) -> list[Cell]:

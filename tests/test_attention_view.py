@@ -243,4 +243,4 @@ return times;
 
 def test_a_path_is_no_title(tmp_path):
     with pytest.raises(InputError, match=r"title is a text; .*\.view\(\)\.save\("):
-        patterns().view(tmp_path / "page.html")
+        AttentionPatterns((patterns(1, 2),), (0,), ("a", "b"), (5, 6)).view(tmp_path / "page.html")
