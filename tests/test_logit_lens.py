@@ -325,6 +325,14 @@ def test_chunks_of_any_size_give_the_same_result(gpt2, positions, monkeypatch):
         torch.testing.assert_close(found["probs"], predictions["layers"][layer]["probs"])
 
 
+@pytest.mark.parametrize(("device", "size"), [("cpu", 2), ("cuda", 8), ("mps", 8)])
+def test_a_gpu_gets_larger_chunks(device, size):
+    """Each call costs a GPU more than what it computes."""
+    found = list(lens_rows.position_chunks(11, 2**23, torch.device(device)))
+    assert found[0] == slice(0, size)
+    assert [i for part in found for i in range(11)[part]] == list(range(11))
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 100])
 def test_rows_go_through_the_head_together(gpt2, rows, monkeypatch):
     monkeypatch.setattr(lens_rows, "GROUP_VALUES", LENGTH * families.VOCAB)
