@@ -30,7 +30,7 @@ from activation_record import ActivationRecord, LayerActivations
 from activation_statistics import compare_activations, get_activation_statistics
 from extraction_request import Request, make_request
 from forward_pass import InputError, Recording, Site, record
-from memory_estimate import describe_need
+from memory_estimate import check_batch_size, describe_need
 from memory_limits import in_batches
 from model_architecture import Architecture, Layer
 from record_files import DEFAULT_FORMAT, load_activations, save_activations
@@ -131,8 +131,7 @@ def extract_batch(
             "prompts is a list of prompts; put a single text into a list, "
             "or use extract_activations"
         )
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1; came {batch_size}")
+    check_batch_size(batch_size)
     prompts = list(prompts)
     texts = encode_texts(tokenizer, prompts)
     items = [

@@ -44,7 +44,7 @@ from memory_limits import in_batches
 from model_architecture import Architecture, Layer
 from patching_sweep import patching_sweep
 from prompt_pairs import PromptPair, make_pairs, pair_positions
-from sweep_cells import DEFAULT_AXES, SweepOptions, make_options
+from sweep_cells import DEFAULT_AXES, HEAD_SITES, SweepOptions, make_options
 from sweep_result import summarize
 from tokenization import Positions, resolve_positions, token_strings
 
@@ -164,7 +164,7 @@ def attribution_sweeps(
         make_options(
             architecture, name, axes[name] if isinstance(axes, Mapping) and name in axes
             else None if isinstance(axes, Mapping) else axes,
-            direction, metric, layers, heads, neurons, normalize,
+            direction, metric, layers, *_entries_of(name, names, heads, neurons), normalize,
         )
         for name in names
     ]  # fmt: skip
@@ -189,7 +189,8 @@ def attribution_sweeps(
             patching_sweep(
                 architecture, tokenizer, clean_prompt, corrupted_prompt, options.site,
                 axes=options.axes, direction=direction, metric=metric, answer=answer, foil=foil,
-                layers=list(options.layers), positions=positions, heads=heads, neurons=neurons,
+                layers=list(options.layers), positions=positions, heads=options.heads or None,
+                neurons=options.neurons or None,
                 align=align, normalize=normalize, show_progress=show_progress, seed=seed,
             )
         )
@@ -198,6 +199,13 @@ def attribution_sweeps(
 
 
 # --- What can be asked ----------------------------------------------------------------------------
+
+
+def _entries_of(name: str, names: Sequence[str], heads: Any, neurons: Any) -> tuple[Any, Any]:
+    """What of heads and neurons is meant for one of several sites: each for those that have it."""
+    kinds = [other in HEAD_SITES for other in names]
+    own = name in HEAD_SITES
+    return heads if own or not any(kinds) else None, neurons if not own or all(kinds) else None
 
 
 def _check_metric(metric: Any, direction: str) -> None:

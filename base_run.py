@@ -29,6 +29,7 @@ from forward_pass import (
 )
 from interrupts import UndoStack, until_closed
 from model_architecture import Architecture
+from tokenization import resolve_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,15 +75,18 @@ def run_base(
         architecture: The model, with a head.
         ids: ``[prompt, position]``, without padding.
         sites: More sites to keep, of all positions.
-        read: Positions whose logits are wanted.
+        read: Positions whose logits are wanted, negative from the end.
         cached: Keep keys and values too (`edited_runs.abilities` says whether they are of use).
         edits: Functions in force during this pass (a corruption that belongs to the base).
 
     Returns:
         The base run; everything is detached.
+
+    Raises:
+        InputError: a position that is read is none of the prompts'.
     """
     length, n_layers = ids.shape[1], architecture.n_layers
-    wanted = sorted({position % length for position in read})
+    wanted = sorted({resolve_positions([position], length)[0] for position in read})
     streams = [Site("resid_pre", layer) for layer in range(n_layers)]
     streams.append(Site("resid_post", n_layers - 1))
     inputs = architecture.inputs(ids)

@@ -23,6 +23,7 @@ from torch import Tensor
 from forward_pass import InputError, evaluate, record
 from generation import decode_text, generation_options
 from interrupts import UndoStack
+from memory_estimate import check_batch_size
 from memory_limits import in_batches
 from model_architecture import Architecture
 from tokenization import Prompt, check_ids, encode, pad_left
@@ -126,10 +127,9 @@ def sample_continuations(
     """
     if isinstance(prompts, str) or not len(prompts):
         raise InputError(f"prompts is a list of at least one prompt; came {prompts!r}")
-    if n_samples < 1 or batch_size < 1:
-        raise InputError(
-            f"n_samples and batch_size must be at least 1; came {n_samples} and {batch_size}"
-        )
+    if n_samples < 1:
+        raise InputError(f"n_samples must be at least 1; came {n_samples}")
+    check_batch_size(batch_size)
     rows = [ids for prompt in prompts for ids in [encode(tokenizer, prompt)] * n_samples]
     for ids in rows[::n_samples]:
         check_ids(ids, architecture.config, extra=max_new_tokens)

@@ -33,6 +33,7 @@ from activation_extraction import DEFAULT_BATCH, extract_batch
 from activation_record import ActivationRecord
 from extraction_request import Request, make_request
 from forward_pass import InputError, SiteError
+from memory_estimate import check_batch_size
 from model_architecture import Architecture, Layer
 from module_devices import as_tensor, exact
 from steering_direction import Direction
@@ -425,8 +426,7 @@ def _read(
     Raises:
         InputError: ``batch_size`` is below 1, or a mean would be over special tokens alone.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1; came {batch_size}")
+    check_batch_size(batch_size)
     special = set(getattr(tokenizer, "all_special_ids", ()))
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     positions = None if _is_mean(read) else read

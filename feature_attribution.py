@@ -28,12 +28,13 @@ from array_files import built, open_arrays, write_arrays
 from base_run import BaseRun, run_base
 from edited_runs import Run, abilities, run_edited
 from forward_pass import InputError, Site, SiteError, edit, evaluate
+from gradient_scale import GradientScale
 from growing_pass import Edit
 from interrupts import UndoStack
 from intervention_handler import token_shape
-from logit_metrics import Metric, make_metric, reads_of
+from logit_metrics import Metric, make_metric, reads_of, refuse_unused
 from model_architecture import Architecture, Layer
-from tokenization import Prompt, check_ids, encode, resolve_positions, token_strings
+from tokenization import Prompt, as_ids, check_ids, encode, resolve_positions, token_strings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -181,7 +182,8 @@ def attribute_features(
         A `FeatureAttribution` over ``features``.
 
     Raises:
-        InputError: the prompt, position, metric or a feature cannot be used.
+        InputError: the prompt, position, metric or a feature cannot be used, or the metric would
+            not look at ``answer`` or ``foil``.
         LayerError: there is no such layer.
         SiteError: the layer has no such site, or the site has heads.
     """
@@ -195,6 +197,7 @@ def attribute_features(
         raise InputError(
             f"metric {metric!r} compares two prompts; use 'logit', 'log_prob' or 'prob'"
         )
+    refuse_unused(metric, answer, foil)
     chosen = _features(features, width)
     place, *others = resolve_positions(position, len(ids))
     if others:
@@ -251,10 +254,13 @@ def _target(ablate_to: float | Tensor, activation: Tensor) -> Tensor:
 def _features(asked: Sequence[int] | None, count: int) -> list[int]:
     if asked is None:
         return list(range(count))
-    wrong = [feature for feature in asked if not 0 <= feature < count]
-    if wrong or not len(asked):
-        raise InputError(f"features are 0..{count - 1}, at least one; came {list(asked)}")
-    return [int(feature) for feature in asked]
+    try:
+        chosen = as_ids(asked)
+    except (InputError, TypeError):
+        chosen = []
+    if not chosen or not all(0 <= feature < count for feature in chosen):
+        raise InputError(f"features are whole numbers 0..{count - 1}, at least one; came {asked!r}")
+    return chosen
 
 
 def _exact(
@@ -272,8 +278,9 @@ def _exact(
 
 
 def _gradient(arch: Architecture, base: BaseRun, where: Site, place: int, metric: Metric) -> Tensor:
-    """Gradient of the metric with respect to one token's activation, ``[d]``."""
+    """Gradient of the metric with respect to one token's activation, ``[d]``, in its true size."""
     leaves: list[Tensor] = []
+    scale = GradientScale(arch.model)
 
     def start_here(value: Tensor) -> Tensor:
         leaves[:] = [value.detach().clone().requires_grad_()]
@@ -284,11 +291,11 @@ def _gradient(arch: Architecture, base: BaseRun, where: Site, place: int, metric
         evaluate(stack, arch.model)
         stack.enter_context(edit(arch, [(where, start_here)]))
         logits = arch.model(**base.inputs, use_cache=False).logits
-        value = _in_graph(metric, logits[:, list(base.read)])
+        value = _in_graph(metric, scale.widen(logits[:, list(base.read)]))
         if value is None:
             return torch.full_like(leaves[0][0, place], torch.nan)
         (slope,) = torch.autograd.grad(value.sum(), leaves[0])
-    return slope[0, place].detach()
+    return scale.undo(slope[:, place])[0].detach()
 
 
 def _in_graph(metric: Metric, logits: Tensor) -> Tensor | None:

@@ -3,7 +3,7 @@
 The page's data stand in a block of JSON: ``labels`` of the tokens, ``breaks`` (whether a line ends
 behind each), ``targets``, ``places`` of these, ``limits`` of the colours for each, and ``scores``,
 base64 of little-endian float32 ``[target, position]``. All text from outside enters the document
-as text, never as markup.
+as text, never as markup. A score that is NaN is hatched, said in the legend, and last in order.
 """
 
 STYLE = """
@@ -27,6 +27,8 @@ select { font: inherit; color: inherit; background: rgb(var(--paper)); max-width
   margin-right: 1px; box-decoration-break: clone; -webkit-box-decoration-break: clone; }
 #tokens span.at { outline: 2px solid rgb(var(--mark)); }
 #tokens span.after { color: rgb(var(--soft)); }
+#tokens span.none { background-image: repeating-linear-gradient(45deg, transparent 0 3px,
+  rgb(var(--line)) 3px 5px); }
 #tokens span.beyond { text-decoration: underline double; text-underline-offset: 3px; }
 #tokens span:hover, #tokens span.here { box-shadow: 0 0 0 2px rgb(var(--soft)); }
 #legend { display: flex; gap: 8px; align-items: center; color: rgb(var(--soft));
@@ -56,9 +58,11 @@ const view = new DataView(raw.buffer);
 const at = (target, i) => view.getFloat32(4 * (target * n + i), true);
 const color = name => getComputedStyle(document.documentElement)
   .getPropertyValue(name).split(",").map(Number);
+const weight = value => Number.isNaN(value) ? -1 : Math.abs(value);
 const mix = (paper, end, share) =>
   paper.map((p, i) => Math.round(p + (end[i] - p) * share));
 const number = value => {
+  if (Number.isNaN(value)) return "no number";
   const size = Math.abs(value);
   return size && (size < 1e-3 || size >= 1e5) ? value.toExponential(2) :
     String(Number(value.toPrecision(4)));
@@ -78,7 +82,8 @@ function paint() {
     style.backgroundColor = share > 0 ? "rgb(" + rgb + ")" : "";
     style.color = share > 0 ? (bright(rgb) ? "#000" : "#fff") : "";
     spans[i].className = (i === place ? "at " : "") + (i > place ? "after " : "") +
-      (Math.abs(value) > limit * 1.000001 ? "beyond " : "") + (i === state.token ? "here" : "");
+      (Math.abs(value) > limit * 1.000001 ? "beyond " : "") +
+      (Number.isNaN(value) ? "none " : "") + (i === state.token ? "here" : "");
     spans[i].title = data.labels[i] + "  token " + i + ": " + number(value);
   }
   $("low").textContent = data.signed ? number(-limit) : "0";
@@ -87,7 +92,8 @@ function paint() {
   $("ramp").style.background = "linear-gradient(to right," + (data.signed ?
     rgb(minus) + "," : "") + rgb(paper) + "," + rgb(plus) + ")";
   $("what").textContent = data.value + "; outlined: where the prediction is made" +
-    ($("tokens").querySelector(".beyond") ? "; underlined twice: beyond the colours" : "");
+    ($("tokens").querySelector(".beyond") ? "; underlined twice: beyond the colours" : "") +
+    ($("tokens").querySelector(".none") ? "; hatched: no number" : "");
   say();
 }
 function say() {
@@ -99,7 +105,7 @@ function say() {
     return;
   }
   const order = Array.from({length: n}, (_, k) => k)
-    .sort((a, b) => Math.abs(at(t, b)) - Math.abs(at(t, a)) || a - b).slice(0, 6);
+    .sort((a, b) => weight(at(t, b)) - weight(at(t, a)) || a - b).slice(0, 6);
   box.textContent = "most: " + order.map(k =>
     data.labels[k] + " (" + k + ") " + number(at(t, k))).join(",  ");
 }

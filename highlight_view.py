@@ -82,7 +82,7 @@ def highlight_view(
     """A page that shows a text with its tokens coloured, for one target at a time.
 
     Args:
-        scores: ``[target, position]``.
+        scores: ``[target, position]``; NaN is no number and shown hatched.
         tokens: One per position.
         targets: One per target, in words.
         places: Position of each target, which is outlined.

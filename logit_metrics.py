@@ -24,7 +24,7 @@ References: Wang et al. (2022), Interpretability in the Wild (logit difference);
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +33,7 @@ from torch import Tensor
 from forward_pass import InputError
 from lens_metrics import rank_of
 from module_devices import as_tensor, exact
-from tokenization import token_id, token_strings
+from tokenization import resolve_positions, token_id, token_strings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ class Metric:
     name: str
     unit: str
     measure: Callable[[Tensor], Tensor]
-    """``[run, read, vocab]`` → ``[run]``."""
+    """``[run, read, vocab]`` → ``[run]``. What it writes there, `make_metric` keeps from others."""
     read: tuple[int, ...] | None = (-1,)
     """Positions whose logits it needs, negative from the end; None means all.
 
@@ -81,8 +81,14 @@ class Metric:
         return self.measure(logits.to(wide))
 
     def positions(self, length: int) -> tuple[int, ...]:
-        """Absolute positions that are read of a prompt with so many tokens."""
-        return tuple(range(length)) if self.read is None else tuple(p % length for p in self.read)
+        """Absolute positions that are read of a prompt with so many tokens, as `read` has them.
+
+        Raises:
+            InputError: the prompt has no such position.
+        """
+        if self.read is None:
+            return tuple(range(length))
+        return tuple(resolve_positions([p], length)[0] for p in self.read)
 
 
 def reads_of(metric: Any) -> tuple[int, ...] | None:
@@ -105,6 +111,32 @@ def reads_of(metric: Any) -> tuple[int, ...] | None:
     )
 
 
+def refuse_unused(metric: Any, answer: Any = None, foil: Any = None) -> None:
+    """Refuse tokens that a metric would not look at.
+
+    Args:
+        metric: As in `make_metric`.
+        answer: A token, or one for each pair; None where it was not given.
+        foil: The same.
+
+    Raises:
+        InputError: such a token was given, or it is no metric.
+    """
+    reads_of(metric)
+    name = metric if isinstance(metric, str) else getattr(metric, "__name__", None)
+    what = repr(name or getattr(metric, "name", type(metric).__name__))
+    if answer is not None and not (isinstance(metric, str) and metric in NEED_ANSWER):
+        raise InputError(
+            f"answer={answer!r} was given, and the metric {what} measures no single token: leave "
+            f"it out, or take one of {', '.join(sorted(NEED_ANSWER))}"
+        )
+    if foil is not None and not (isinstance(metric, str) and metric == "logit_diff"):
+        raise InputError(
+            f"foil={foil!r} was given, and the metric {what} compares no two tokens: leave it out, "
+            "or take 'logit_diff'"
+        )
+
+
 def make_metric(
     metric: Any,
     clean: Tensor,
@@ -119,7 +151,8 @@ def make_metric(
     """A metric for one pair of prompts.
 
     Args:
-        metric: A name, a `Metric` (returned as it is), or a function.
+        metric: A name, a `Metric`, or a function. What they write into the logits that they are
+            given changes no run.
         clean: The clean run's logits ``[1, read, vocab]`` at the positions that `reads_of` names.
         corrupted: The same of the corrupted run.
         base: Logits of the run that will be edited, one of the two; None is the clean run.
@@ -129,11 +162,13 @@ def make_metric(
         config: The model's text config, to check ids given as numbers.
 
     Raises:
-        InputError: it is no metric, a token is not one token, or answer and foil are the same.
+        InputError: it is no metric, a token is not one token, answer and foil are the same, or one
+            is given that the metric would not look at.
     """
-    reads_of(metric)
+    refuse_unused(metric, answer, foil)
     if isinstance(metric, Metric):
-        return metric
+        given = metric.measure
+        return replace(metric, measure=lambda logits: given(logits.clone()))
     if not isinstance(metric, str):
         name = getattr(metric, "__name__", type(metric).__name__)
         return Metric(name, "", lambda logits: _each(metric, logits), None)
@@ -160,7 +195,7 @@ def _token(token: Token | None, logits: Tensor, tokenizer: Any, config: Any) -> 
 
 def _each(function: Callable[[Tensor], Any], logits: Tensor) -> Tensor:
     """A function of one run's logits, run by run; in the graph where the function is."""
-    values = [function(run[None]) for run in logits]
+    values = [function(run[None].clone()) for run in logits]
     try:
         return torch.stack([as_tensor(value, dtype=logits.dtype).reshape(()) for value in values])
     except (TypeError, ValueError, RuntimeError):

@@ -1,6 +1,7 @@
 """How much memory an extraction will need, said before it is run.
 
     estimate_memory     of an extraction from these prompts by this model
+    check_batch_size    refuses what is no number of rows per pass
     estimate            the same from sizes alone: nothing is run, no model is needed
     measure_sizes       the sizes of a model and of what its sites hold, by two short passes
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
@@ -240,6 +242,18 @@ def describe_need(architecture: Architecture, request: Request, length: int, kep
     )
 
 
+def check_batch_size(batch_size: Any) -> None:
+    """Refuse a number of rows per pass that is none.
+
+    Raises:
+        InputError: it is no whole number (a truth value is none), or below 1.
+    """
+    if not isinstance(batch_size, int | np.integer) or isinstance(batch_size, bool):
+        raise InputError(f"batch_size must be at least 1, a whole number; came {batch_size!r}")
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1; came {batch_size}")
+
+
 def estimate_memory(
     architecture: Architecture,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -275,11 +289,9 @@ def estimate_memory(
         LayerError: there is no such layer.
         SiteError: the model has no such site.
     """
-    if isinstance(prompts, str) or batch_size < 1:
-        raise InputError(
-            f"prompts is a list of prompts and batch_size at least 1; came {prompts!r:.40} and "
-            f"{batch_size}"
-        )
+    if isinstance(prompts, str):
+        raise InputError(f"prompts is a list of prompts; came the text {prompts!r:.40}")
+    check_batch_size(batch_size)
     request = make_request(
         architecture, layer_names, layer_indices, include_attention, return_logits, sites
     )

@@ -31,7 +31,7 @@ from base_run import BaseRun, run_base
 from edited_runs import Run, Work, abilities, run_edited
 from forward_pass import Site
 from growing_pass import Edit
-from logit_metrics import Metric, make_metric, reads_of
+from logit_metrics import Metric, make_metric, reads_of, refuse_unused
 from memory_limits import in_batches
 from model_architecture import Architecture, Layer
 from prompt_pairs import PromptPair, make_pairs, pair_positions
@@ -86,8 +86,9 @@ def patching_sweep(
         foil: The token it is compared with; None is the corrupted run's best.
         layers: Blocks in any spelling; None means all that have the site.
         positions: Tokens of the edited prompt; None means all.
-        heads: Which heads; for ``key`` and ``value`` key/value heads. None means all.
-        neurons: Which entries; None means all.
+        heads: Which heads, where they are an axis; for ``key`` and ``value`` key/value heads. None
+            means all.
+        neurons: Which entries, where they are an axis; None means all.
         align: How prompts of different length correspond: ``"end"`` (last token to last token), or
             a mapping from positions of the edited prompt to those of the other.
         normalize: Scale so that 0 is the corrupted run and 1 the clean one.
@@ -100,12 +101,14 @@ def patching_sweep(
 
     Raises:
         InputError: prompts that do not correspond (both token lists are shown), an unknown metric,
-            axis or direction, or a position that does not exist.
+            axis or direction, a position that does not exist, or an argument that the site, its
+            axes or the metric do not use.
         LayerError: there is no such layer.
         SiteError: no layer has the site, or one that was named has not.
     """
     architecture = model if isinstance(model, Architecture) else Architecture(model)
     architecture.require_head("patching")
+    refuse_unused(metric, answer, foil)
     pairs = make_pairs(
         architecture, tokenizer, clean_prompt, corrupted_prompt, direction, align, answer, foil
     )

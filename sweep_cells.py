@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,7 +72,8 @@ def make_options(
     """Check what a sweep is asked for; arguments and errors as in `patching_sweep.patching_sweep`.
 
     Raises:
-        InputError: an unknown direction, metric or axis, or an entry that does not exist.
+        InputError: an unknown direction, metric or axis, an entry that does not exist, or heads or
+            neurons of a sweep that has no such axis.
         SiteError: no layer has the site, or one that was named has not.
     """
     if site not in DEFAULT_AXES:
@@ -122,8 +124,9 @@ def _entries(
         return ()
     if asked is None:
         return tuple(range(count))
+    several: Any = [asked] if isinstance(asked, int | np.integer) else asked
     try:
-        numbers = as_ids([asked] if isinstance(asked, int) else asked)
+        numbers = as_ids(several)
     except (InputError, TypeError):
         raise InputError(
             f"{kind}s are whole numbers out of 0..{count - 1}, as in {kind}s=[0, 1]; came {asked!r}"
@@ -136,9 +139,7 @@ def _entries(
     return tuple(dict.fromkeys(number % count for number in numbers))
 
 
-def _refuse_entries(
-    kind: str, site: str, axes: Sequence[str], asked: Sequence[int] | None
-) -> None:
+def _refuse_entries(kind: str, site: str, axes: Sequence[str], asked: Sequence[int] | None) -> None:
     """Refuse heads or neurons of a sweep that has no such axis, and would exchange all alike."""
     if asked is None:
         return

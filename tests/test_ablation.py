@@ -232,7 +232,8 @@ def test_other_metrics():
         "kl": -(clean.softmax(-1) * (clean.log_softmax(-1) - patched.log_softmax(-1))).sum(),
     }
     for metric, truth in drops.items():
-        result = study(model, ids, "mlp 1", "zero", metric=metric, answer=5, foil=6)
+        tokens = {"logit_diff": {"answer": 5, "foil": 6}, "prob": {"answer": 5}}.get(metric, {})
+        result = study(model, ids, "mlp 1", "zero", metric=metric, **tokens)
         assert result.values[0] == pytest.approx(float(truth), abs=1e-9)
     own = study(model, ids, "mlp 1", "zero", metric=lambda z: z[0, -1, 7])
     assert own.values[0] == pytest.approx(float(clean[7] - patched[7]), abs=1e-9)

@@ -758,3 +758,14 @@ def test_the_rows_of_many_heads_are_the_same_in_both_maps(gpt2):
     labels = [[text.get_text() for text in ax.get_yticklabels()] for ax in maps]
     assert labels[0] == labels[1]
     assert maps[0].images[0].get_array().shape == (32, 7)
+
+
+def test_heads_of_some_sites_and_not_of_others(gpt2):
+    """Heads are those of the sites that have them; where none has, they are refused."""
+    found = attribution_sweeps(gpt2, None, CLEAN, CORRUPTED, heads=[2], exact=True, **TOKENS)
+    assert found["head_out"].labels[1] == (2,)
+    whole = attribution_sweeps(gpt2, None, CLEAN, CORRUPTED, **TOKENS)
+    np.testing.assert_array_equal(found["mlp_out"].values, whole["mlp_out"].values)
+    for sites, options in ((["mlp_out"], {"heads": [2]}), (["key"], {"neurons": [2]})):
+        with pytest.raises(InputError, match="was given, and"):
+            attribution_sweeps(gpt2, None, CLEAN, CORRUPTED, sites, **options, **TOKENS)

@@ -603,6 +603,15 @@ def test_running_while_a_handler_is_open(overhead):
     close(found[0], hooked_logits(model, IDS[0], changes)[0, -1])
 
 
+def test_positions_beyond_the_prompt_are_not_read():
+    architecture = Architecture(families.build("gpt2"))
+    for read in ((0, LENGTH), (-LENGTH - 1,), (1.5,), (True,)):
+        with pytest.raises(InputError, match=r"is out of range: the prompt has|positions is"):
+            run_base(architecture, IDS, (), read, cached=False)
+    ends = run_base(architecture, IDS, (), (LENGTH - 1, -LENGTH), cached=False)
+    assert ends.read == (0, LENGTH - 1)
+
+
 def test_another_attention_implementation_is_tried_anew(monkeypatch):
     architecture = Architecture(families.build("llama"))
     tried = []

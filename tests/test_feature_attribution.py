@@ -1,5 +1,6 @@
 """Ablating features one by one, against hooked passes, finite differences and autograd."""
 
+import copy
 import dataclasses
 
 import matplotlib.pyplot as plt
@@ -115,6 +116,24 @@ def test_where_the_metric_is_linear_both_answers_agree(gpt2):
     assert found.correlation == pytest.approx(np.corrcoef(found.importance, found.gradient)[0, 1])
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("site", ["resid_post", "mlp_neurons"])
+def test_an_unlikely_token_in_float16(name, site):
+    """The gradient at the logits is far below what float16 holds; the same weights in float32."""
+    half = families.build(name).half()
+    exact = copy.deepcopy(half).float()
+    chances = exact(torch.tensor([PROMPT])).logits[0, -1].detach().double().softmax(-1)
+    answer = int((chances / 1e-12).log().abs().argmin())
+    assert float(chances[answer]) < 1e-9
+    found, wanted = (
+        attribute_features(each, None, PROMPT, 1, site=site, metric="prob", answer=answer)
+        for each in (half, exact)
+    )
+    size = np.abs(wanted.gradient).max()
+    assert size > 0
+    np.testing.assert_allclose(found.gradient, wanted.gradient, rtol=0, atol=0.05 * size)
+
+
 def test_a_chosen_few_keep_their_names(gpt2, tmp_path):
     """Feature 17 is feature 17, also where only three were asked for."""
     whole = attribute_features(gpt2, None, PROMPT, 1)
@@ -160,7 +179,8 @@ def test_values_to_ablate_to(gpt2):
     ids=["log_prob", "prob", "logit_diff", "function", "Metric"],
 )
 def test_metrics(gpt2, metric, by_hand):
-    options = {"answer": 40, "foil": 12} if isinstance(metric, str) else {}
+    options = {"answer": 40} if isinstance(metric, str) else {}
+    options |= {"foil": 12} if metric == "logit_diff" else {}
     found = attribute_features(gpt2, None, PROMPT, 1, 1, metric=metric, **options)
     site = Site("resid_post", 1)
     plain = float(by_hand(hooked_logits(gpt2, PROMPT, [])))
@@ -261,8 +281,14 @@ def test_the_model_is_as_it_was(family):
         ({"metric": "logit_diff"}, InputError, "answer and foil are both"),
         ({"position": 7}, InputError, "position 7 is out of range"),
         ({"position": [1, 2]}, InputError, r"one token.*\[1, 2\]"),
-        ({"features": [32]}, InputError, r"features are 0\.\.31, at least one; came \[32\]"),
-        ({"features": [-1]}, InputError, r"features are 0\.\.31"),
+        ({"features": [32]}, InputError, r"whole numbers 0\.\.31, at least one; came \[32\]"),
+        ({"features": [-1]}, InputError, r"whole numbers 0\.\.31"),
+        ({"features": [1.9]}, InputError, r"whole numbers 0\.\.31.*came \[1\.9\]"),
+        ({"features": [True]}, InputError, r"whole numbers .*came \[True\]"),
+        ({"features": 3}, InputError, "at least one; came 3"),
+        ({"foil": 3}, InputError, "foil=3 was given, and the metric 'logit' compares no two"),
+        ({"metric": lambda z: z[0, -1, 3], "answer": 3}, InputError, "answer=3 was given, and"),
+        ({"metric": Metric("m", "", lambda z: z[:, 0, 0], (7,))}, InputError, "position 7 is out"),
         ({"features": []}, InputError, "at least one"),
         ({"ablate_to": torch.zeros(3)}, InputError, r"a number, or one for each .*\[32\].*\[3\]"),
         ({"answer": 99}, InputError, "token id 99"),

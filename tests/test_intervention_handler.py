@@ -671,6 +671,7 @@ def test_what_does_not_fit_is_refused_when_it_is_registered(llama, patch, error,
     ],
 )
 def test_what_does_not_fit_a_prompt_is_refused_before_its_blocks_run(llama, patch, message):
+    run(llama, ActivationPatch(1, 0, 0.0))  # what is found out once per model is known now
     ran = []
     handle = llama.model.layers[0].register_forward_hook(lambda *_: ran.append(1))
     with pytest.raises(InputError, match=message):

@@ -6,7 +6,15 @@ import torch
 
 import families
 from forward_pass import InputError
-from logit_metrics import NAMED, Metric, kl_divergence, make_metric, reads_of
+from logit_metrics import (
+    NAMED,
+    NEED_ANSWER,
+    Metric,
+    kl_divergence,
+    make_metric,
+    reads_of,
+    refuse_unused,
+)
 
 VOCAB = 11
 
@@ -45,7 +53,8 @@ def by_hand(name, logits, answer, foil, base, other):
 @pytest.mark.parametrize("answer", [None, 4])
 def test_every_metric_of_several_runs(name, corrupted_is_base, answer):
     base, other = (CORRUPTED, CLEAN) if corrupted_is_base else (CLEAN, CORRUPTED)
-    metric = make_metric(name, CLEAN, CORRUPTED, base=base, answer=answer, config=Config)
+    given = answer if name in NEED_ANSWER else None
+    metric = make_metric(name, CLEAN, CORRUPTED, base=base, answer=given, config=Config)
     chosen = int(CLEAN[0, -1].argmax()) if answer is None else answer
     foil = int(CORRUPTED[0, -1].argmax())
     assert len({chosen, foil}) == 2
@@ -136,9 +145,51 @@ def test_functions_stay_in_the_graph():
 
 def test_a_metric_is_taken_as_it_is():
     metric = Metric("mine", "", lambda z: z[:, 0, 0], read=(0, -1))
-    assert make_metric(metric, CLEAN, CORRUPTED) is metric
+    made = make_metric(metric, CLEAN, CORRUPTED)
+    assert (made.name, made.unit, made.read) == ("mine", "", (0, -1))
+    assert made(RUNS).tolist() == RUNS[:, 0, 0].tolist()
     assert reads_of(metric) == (0, -1)
     assert metric.positions(5) == (0, 4)
+
+
+@pytest.mark.parametrize("read", [5, -6])
+def test_a_position_that_is_not_there_is_not_another(read):
+    metric = Metric("mine", "", lambda z: z[:, 0, 0], read=(0, read))
+    assert metric.positions(6) == (0, read % 6)
+    with pytest.raises(InputError, match=f"position {read} is out of range: the prompt has 5"):
+        metric.positions(5)
+
+
+def test_what_a_metric_writes_stays_with_it():
+    def write(logits):
+        logits[0, -1] = 0
+        return logits[0, 0, 3]
+
+    def write_all(logits):
+        logits[:] = 0
+        return logits[:, 0, 3]
+
+    logits = RUNS.clone()
+    made = make_metric(write, logits, logits)
+    assert made(logits).tolist() == RUNS[:, 0, 3].tolist()
+    assert make_metric(Metric("m", "", write_all), logits, logits)(logits).tolist() == [0.0] * 4
+    assert torch.equal(logits, RUNS)
+
+
+@pytest.mark.parametrize("metric", [*NAMED, lambda z: z[0, 0, 0], Metric("m", "", lambda z: z)])
+def test_tokens_that_a_metric_does_not_look_at(metric):
+    one = {name: {"answer"} for name in ("logit", "log_prob", "prob", "rank")}
+    uses = {"logit_diff": {"answer", "foil"}} | one
+    refuse_unused(metric)
+    for given in ({"answer": 0}, {"foil": 0}, {"answer": " a"}, {"foil": [" a", " b"]}):
+        (name,) = given
+        if isinstance(metric, str) and name in uses.get(metric, ()):
+            refuse_unused(metric, **given)
+        else:
+            with pytest.raises(InputError, match=f"{name}=.* was given, and the metric"):
+                refuse_unused(metric, **given)
+            with pytest.raises(InputError, match=f"{name}=.* was given, and the metric"):
+                make_metric(metric, CLEAN, CORRUPTED, **given)
 
 
 def test_tokens_as_text():
@@ -175,7 +226,8 @@ def test_refused(metric, options, message):
 @pytest.mark.parametrize("name", NAMED)
 def test_broken_logits_give_no_number(name):
     """A run that became NaN must not look like the best rank, or like no effect."""
-    metric = make_metric(name, CLEAN, CORRUPTED, answer=4, config=Config)
+    answer = 4 if name in NEED_ANSWER else None
+    metric = make_metric(name, CLEAN, CORRUPTED, answer=answer, config=Config)
     broken = torch.full_like(CLEAN, torch.nan)
     found = metric(torch.cat([CLEAN, broken]))
     assert found.isnan().tolist() == [False, True]

@@ -14,6 +14,7 @@ import continuations
 import families
 from activation_extraction import ActivationExtractor, extract_batch, make_request
 from continuations import continuation_nats, sample_continuations
+from direction_finding import read_examples
 from edited_runs import abilities
 from forward_pass import InputError, Site
 from long_calls import CALLS, same
@@ -456,8 +457,20 @@ def test_the_facade_estimates(gpt2):
     for wrong in ("a text", [[5] * 1000], [[999]]):
         with pytest.raises(InputError):
             analyzer.estimate_memory(wrong)
-    with pytest.raises(InputError, match="batch_size at least 1"):
-        analyzer.estimate_memory([[5]], batch_size=0)
+    assert analyzer.estimate_memory([[5]], batch_size=np.int64(2)).results > 0
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, "8", True, None])
+def test_what_is_no_batch_size(gpt2, batch_size):
+    analyzer = ModelAnalyzer(gpt2, tokenizer=families.tiny_tokenizer())
+    for call in (
+        lambda: analyzer.estimate_memory([[5]], batch_size=batch_size),
+        lambda: analyzer.extract_batch_activations([[5]], batch_size=batch_size),
+        lambda: read_examples(gpt2, None, [[5]], [1], batch_size=batch_size),
+        lambda: sample_continuations(analyzer.architecture, None, [[5]], batch_size=batch_size),
+    ):
+        with pytest.raises(InputError, match=f"batch_size must be at least 1.*came {batch_size!r}"):
+            call()
 
 
 def test_there_is_some_memory():

@@ -337,6 +337,30 @@ def test_prompts_of_unequal_length_are_refused_with_both_token_lists():
         patching_sweep(model, tokenizer, "the cat sat", "the mat sat on", show_progress=False)
 
 
+def test_a_metric_that_writes_into_its_logits_changes_no_run():
+    """What lies before the first edit is taken from the base run's logits."""
+    model = families.build("gpt2")
+
+    def tidy(logits):
+        return logits[0, 0, 7] - logits[0, -1, 9]
+
+    def untidy(logits):
+        value = tidy(logits).clone()
+        logits.fill_(100.0)
+        return value
+
+    def all_rows(logits):
+        return torch.stack([untidy(run[None]) for run in logits])
+
+    plain, written, made = (
+        patching_sweep(model, None, CLEAN, CORRUPTED, metric=metric, show_progress=False)
+        for metric in (tidy, untidy, Metric("untidy", "", all_rows, None))
+    )
+    for each in (written, made):
+        np.testing.assert_array_equal(each.values, plain.values)
+        assert (each.clean, each.corrupted) == (plain.clean, plain.corrupted)
+
+
 # --- Several pairs --------------------------------------------------------------------------------
 
 
@@ -465,8 +489,9 @@ def test_chosen_layers_heads_positions_and_neurons_keep_their_order():
     )
     assert neurons.labels == ((1,), (47, 3))
     compare(model, neurons, "mlp_neurons", CORRUPTED, CLEAN)
-    one = patching_sweep(model, None, CLEAN, CORRUPTED, "key", layers=1, heads=1, **TOKENS)
-    assert one.labels == ((1,), (1,))
+    for heads in (1, np.int64(1), np.array([1]), torch.tensor([-1])):
+        one = patching_sweep(model, None, CLEAN, CORRUPTED, "key", layers=1, heads=heads, **TOKENS)
+        assert one.labels == ((1,), (1,))
 
 
 def test_text_prompts_and_an_architecture_instead_of_a_model():
@@ -499,6 +524,34 @@ def test_text_prompts_and_an_architecture_instead_of_a_model():
         ({"site": "key", "axes": ("layer", "neuron")}, InputError, r"\['head', 'position'\]"),
         ({"site": "key", "heads": [2]}, InputError, r"head 2 is out of range: valid are 0\.\.1"),
         ({"site": "key", "heads": []}, InputError, "heads is empty"),
+        ({"site": "key", "heads": [True]}, InputError, r"heads are whole .* 0\.\.1.*\[True\]"),
+        ({"site": "key", "heads": [1.9]}, InputError, r"heads=\[0, 1\]; came \[1\.9\]"),
+        ({"site": "key", "heads": "1"}, InputError, "heads are whole numbers"),
+        ({"site": "mlp_neurons", "neurons": [1.9]}, InputError, "neurons are whole numbers"),
+        ({"site": "mlp_neurons", "neurons": True}, InputError, "neurons are whole.*came True"),
+        (
+            {"heads": [1]},
+            InputError,
+            r"heads=\[1\] was given, and 'resid_pre' has no heads.*head_out",
+        ),
+        ({"site": "key", "neurons": [1]}, InputError, "'key' has no neurons.*mlp_neurons"),
+        ({"neurons": [1]}, InputError, r"\['layer', 'position'\] have no 'neuron'.*give axes="),
+        (
+            {"site": "key", "axes": ("layer", "position"), "heads": [1]},
+            InputError,
+            r"have no 'head': leave it out, or give axes=\['layer', 'position', 'head'\]",
+        ),
+        ({"metric": "kl", "foil": None}, InputError, "answer=.* was given, and the metric 'kl'"),
+        (
+            {"metric": "prob"},
+            InputError,
+            "foil=.* was given, and the metric 'prob' compares no two",
+        ),
+        (
+            {"metric": Metric("m", "", lambda z: z[:, 0, 0], (9,)), "answer": None, "foil": None},
+            InputError,
+            "position 9 is out of range: the prompt has 7 tokens",
+        ),
         (
             {"site": "mlp_neurons", "neurons": [-49]},
             InputError,

@@ -304,6 +304,26 @@ def test_the_page_in_a_browser(window, tmp_path):
 
 @needs_browser
 @pytest.mark.slow
+def test_a_token_without_a_number_in_the_page(window, tmp_path):
+    scores = np.array([[np.nan, 1.0, -3.0, np.inf, 0.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    view = highlight_view(scores, list("abcde"), ["one", "two"], [4, 4])
+    window.open(view.save(tmp_path / "nan.html").as_uri())
+    window.wait("document.querySelectorAll('#tokens span').length == 5")
+    image = "return getComputedStyle(document.getElementById('t{}')).backgroundImage"
+    hatched = ["gradient" in window.run(image.format(i)) for i in range(5)]
+    assert hatched == [True, False, False, False, False]
+    assert "hatched: no number" in window.run("return what.textContent")
+    order = re.findall(r"(\w) \((\d)\)", window.run("return says.textContent"))
+    assert [int(i) for _, i in order] == [3, 2, 1, 4, 0]
+    assert window.run("return says.textContent").endswith("a (0) no number")
+    window.run("target.value = 1; target.dispatchEvent(new Event('change'))")
+    assert "hatched" not in window.run("return what.textContent")
+    assert "gradient" not in window.run(image.format(0))
+    assert window.messages() == []
+
+
+@needs_browser
+@pytest.mark.slow
 def test_a_long_text_wraps(window, tmp_path):
     _, view = some_page([" word"] * 1500 + ["x" * 300])
     window.open(view.save(tmp_path / "long.html").as_uri())
