@@ -303,7 +303,8 @@ def test_the_model_is_untouched_and_may_be_training_or_frozen(method):
 
     metric = Metric("broken", "", lambda logits: torch.stack([broken(row[None]) for row in logits]))
     with pytest.raises(KeyError, match="on purpose"):
-        layer_attribution(model, None, PROMPT, method=method, metric=metric, **options)
+        own = {key: value for key, value in options.items() if key not in ("answer", "foil")}
+        layer_attribution(model, None, PROMPT, method=method, metric=metric, **own)
     assert_untouched(model, before)
 
 

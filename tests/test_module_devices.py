@@ -144,9 +144,8 @@ def test_every_analysis_runs_on_a_device_without_float64(family):
 
 
 @pretended
-@pytest.mark.parametrize(
-    "family", ["gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "bloom"))]
-)
+@pytest.mark.slow  # tests/test_layout.py looks at every call of a factory each time
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
 def test_the_default_device_may_be_another(family):
     """What the user sets with ``torch.set_default_device`` gets none of the toolkit's tables."""
     found = trials(family, "calls")
