@@ -202,10 +202,12 @@ def attached(pairs: Iterable[tuple[Tap, Hook]], *, last: bool = False) -> Iterat
         pairs: What to attach, in order.
         last: These hooks only look, and shall see what all edits have made of a value.
     """
+    chosen = [(tap, hook, lock_of(tap.module)) for tap, hook in pairs]
     with UndoStack() as stack:
-        for tap, hook in pairs:
-            lock = hold(stack, tap.module)
-            with interrupts_held():
+        for tap in {id(lock): tap for tap, _, lock in chosen}.values():
+            hold(stack, tap.module)
+        with interrupts_held():
+            for tap, hook, lock in chosen:
                 tap.attach(stack, hook if last else lock.edits(hook), last)
         yield
 

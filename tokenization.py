@@ -80,6 +80,10 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[in
     return ids
 
 
+TEXTS_AT_ONCE = 256
+"""A tokenizer keeps kilobytes about each text that it is given, until all of them are done."""
+
+
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase | None, prompts: Sequence[Prompt]
 ) -> list[list[int] | None]:
@@ -92,8 +96,10 @@ def encode_texts(
     if tokenizer is None or not texts:
         return [None] * len(prompts)
     good = [text for text in texts if text.isascii() or not _SURROGATE.search(text)]
-    found = iter(tokenizer(good)["input_ids"] if good else [])
-    ids = dict(zip(good, found, strict=True))
+    ids: dict[str, list[int]] = {}
+    for start in range(0, len(good), TEXTS_AT_ONCE):
+        some = good[start : start + TEXTS_AT_ONCE]
+        ids.update(zip(some, tokenizer(some)["input_ids"], strict=True))
     return [list(ids.get(p, ())) or None if isinstance(p, str) else None for p in prompts]
 
 
