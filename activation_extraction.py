@@ -30,10 +30,11 @@ from activation_record import ActivationRecord, LayerActivations
 from activation_statistics import compare_activations, get_activation_statistics
 from extraction_request import Request, make_request
 from forward_pass import InputError, Recording, Site, record
-from memory_estimate import check_batch_size, describe_need
+from memory_estimate import describe_need
 from memory_limits import in_batches
 from model_architecture import Architecture, Layer
 from record_files import DEFAULT_FORMAT, load_activations, save_activations
+from sites import check_batch_size
 from tokenization import (
     Positions,
     Prompt,

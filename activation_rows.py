@@ -24,6 +24,7 @@ from extraction_request import make_request
 from forward_pass import InputError, LayerError, SiteError
 from model_architecture import Architecture, Layer
 from module_devices import as_tensor
+from sites import check_batch_size
 from tokenization import Positions, Prompt, check_ids, encode, resolve_positions, token_strings
 
 if TYPE_CHECKING:
@@ -149,8 +150,7 @@ def read_rows(
         SiteError: the model has no such site, or no such head.
     """
     check_examples(prompts, "texts")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size must be an integer, at least 1; came {batch_size!r}")
+    check_batch_size(batch_size)
     arch = model if isinstance(model, Architecture) else Architecture(model)
     if site == "attn_pattern":
         raise SiteError(

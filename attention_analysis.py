@@ -28,11 +28,11 @@ from activation_extraction import DEFAULT_BATCH, extract_batch
 from attention_result import KINDS, AttentionPatterns, HeadRanking, HeadSummary, kind_of
 from extraction_request import make_request
 from forward_pass import Hook, InputError, Site, Tap, attached, evaluate, skip_blocks
-from head_circuit_result import is_count
 from interrupts import UndoStack
 from memory_limits import free_bytes, in_batches, in_words
 from model_architecture import Architecture, Layer
 from module_devices import exact
+from sites import check_batch_size
 from tokenization import Prompt, check_ids, context_length, encode, pad_left
 
 if TYPE_CHECKING:
@@ -236,8 +236,8 @@ def head_summary(
         SiteError: a layer that was named, or every layer, has no attention pattern.
         NotEnoughMemoryError: one text alone does not fit (a batch that does not is halved).
     """
-    if batch_size is not None and not is_count(batch_size):
-        raise InputError(f"batch_size must be at least 1; came {batch_size!r}")
+    if batch_size is not None:
+        check_batch_size(batch_size)
     architecture = Architecture(model)
     sites = _request(architecture, layers).sites
     if prompts is None:

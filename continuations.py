@@ -23,9 +23,9 @@ from torch import Tensor
 from forward_pass import InputError, evaluate, record
 from generation import decode_text, generation_options
 from interrupts import UndoStack
-from memory_estimate import check_batch_size
 from memory_limits import in_batches
 from model_architecture import Architecture
+from sites import check_batch_size
 from tokenization import Prompt, check_ids, encode, pad_left
 
 if TYPE_CHECKING:

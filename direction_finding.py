@@ -33,9 +33,9 @@ from activation_extraction import DEFAULT_BATCH, extract_batch
 from activation_record import ActivationRecord
 from extraction_request import Request, make_request
 from forward_pass import InputError, SiteError
-from memory_estimate import check_batch_size
 from model_architecture import Architecture, Layer
 from module_devices import as_tensor, exact
+from sites import check_batch_size
 from steering_direction import Direction
 from tokenization import Positions, Prompt, check_ids, encode, is_token_ids, resolve_positions
 
@@ -128,8 +128,9 @@ def leace_eraser(positive: Tensor, negative: Tensor) -> Callable[[Tensor], Tenso
     fitted = _fit_leace(positive, negative)
 
     def _erase(activation: Tensor) -> Tensor:
-        left, right, mean = (part.to(activation.device, torch.float32) for part in fitted)
-        h = activation.float()
+        wide = torch.promote_types(activation.dtype, torch.float32)
+        left, right, mean = (part.to(activation.device, wide) for part in fitted)
+        h = activation.to(wide)
         return (h - (h - mean) @ right.T @ left.T).to(activation.dtype)
 
     return _erase

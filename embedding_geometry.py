@@ -20,11 +20,11 @@ from torch import Tensor
 from activation_rows import EACH, read_rows, rows_of, varies
 from array_files import built, open_arrays, write_arrays
 from forward_pass import ArchitectureError, InputError
-from head_circuit_result import is_count
 from head_circuits import token_ids_of
 from model_architecture import Architecture, Layer
 from model_inspection import weight_of
 from module_devices import as_tensor
+from sites import is_count
 from steering_direction import Direction
 from tokenization import Prompt, as_ids, token_strings
 

@@ -27,7 +27,7 @@ from forward_pass import ArchitectureError, Hook, Tap, attached, read_hidden
 from gradient_scale import autocast_dtype
 from interrupts import enable_grad, no_grad
 from model_architecture import Architecture
-from module_devices import exact
+from module_devices import exact, modules_of
 from module_taps import Turn, hook_in_turn
 from tokenization import context_length
 from weighted_gradients import GradientPlan, weighted_gradients
@@ -80,7 +80,7 @@ def check_gradient(
 
 def _state(architecture: Architecture) -> Any:
     """What a verdict belongs to; equal as long as nothing was exchanged."""
-    modules = list(architecture.model.modules())
+    modules = modules_of(architecture.model)
     hooks = [key for m in modules for key in (*m._forward_pre_hooks, *m._forward_hooks)]
     kind = getattr(architecture.config, "_attn_implementation", None)
     return kind, architecture.model.dtype, _autocast(architecture), hooks, [*map(ref, modules)]

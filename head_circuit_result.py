@@ -15,6 +15,7 @@ import torch
 
 from array_files import built, open_arrays, write_arrays
 from forward_pass import InputError
+from sites import check_count
 from token_labels import axis_labels
 
 if TYPE_CHECKING:
@@ -80,21 +81,6 @@ def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
     return table
 
 
-def check_count(k: Any, what: str) -> None:
-    """Refuse a number of rows that is none.
-
-    Raises:
-        InputError: ``k`` is no integer, or below 1.
-    """
-    if not is_count(k):
-        raise InputError(f"the number of {what} must be at least 1; came {k!r}")
-
-
-def is_count(k: Any, most: float = np.inf) -> bool:
-    """Whether a number is an integer, of any library, from 1 to ``most``."""
-    return not isinstance(k, bool) and hasattr(k, "__index__") and 1 <= k <= most
-
-
 def head_place(head: str, layers: Sequence[int], heads: int) -> tuple[int, int]:
     """Row and column of a head (``"4.2"``) in a table of layer × head.
 
@@ -149,7 +135,7 @@ class HeadScores(Kept):
         Raises:
             InputError: ``k`` is below 1.
         """
-        check_count(k, "heads")
+        check_count(k, "the number of heads")
         frame = self.to_frame().sort_values("value", ascending=False, kind="stable")
         return frame.head(k).reset_index(drop=True)
 
@@ -233,7 +219,7 @@ class CompositionScores(Kept):
         Raises:
             InputError: there is no such kind, or ``k`` is below 1.
         """
-        check_count(k, "pairs")
+        check_count(k, "the number of pairs")
         frame = self.to_frame()
         if kind is not None:
             self._require(kind)

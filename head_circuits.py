@@ -34,13 +34,13 @@ from head_circuit_result import (
     CompositionScores,
     HeadDirections,
     HeadScores,
-    is_count,
     padded,
 )
 from head_weights import HeadWeights, all_head_weights, each_head_weights, head_weights
 from model_architecture import Architecture, Layer
 from model_inspection import weight_of
 from norm_gain import final_norm_gain
+from sites import is_count
 from tokenization import token_id, token_strings
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from forward_pass import (
     recording,
     take_positions,
 )
-from head_circuit_result import is_count, padded
+from head_circuit_result import padded
 from head_circuits import texts_of, through_vocabulary, token_ids_of, unembedding
 from head_weights import OutputWeights, layers_with_heads, output_weights
 from head_writing_result import HeadWrites, WeightedPatterns
@@ -42,6 +42,7 @@ from model_architecture import Architecture, Layer
 from model_inspection import weight_of
 from module_devices import exact
 from norm_gain import NormGain, final_norm_gain, norm_gains
+from sites import is_count
 from tokenization import (
     Prompt,
     check_ids,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from forward_pass import InputError
-from head_circuit_result import Kept, check_count, head_place
+from head_circuit_result import Kept, head_place
+from sites import check_count
 from token_labels import can_draw, readable_token
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class HeadWrites(Kept):
         Raises:
             InputError: ``k`` is below 1.
         """
-        check_count(k, "rows")
+        check_count(k, "the number of rows")
         frame = self.to_frame()
         order = frame["value"].abs().sort_values(ascending=False, kind="stable").index
         return frame.loc[order[:k]].reset_index(drop=True)

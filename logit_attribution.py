@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from forward_pass import InputError
-from head_circuit_result import Kept, check_count
+from head_circuit_result import Kept
+from sites import check_count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -189,7 +190,7 @@ class LogitAttribution(Kept):
         Raises:
             InputError: ``k`` is below 1, or there is no such position or target.
         """
-        check_count(k, "parts")
+        check_count(k, "the number of parts")
         row, column = self.cell(position, target)
         order = np.argsort(-np.abs(self.values[:, row, column]), kind="stable")[:k]
         cells = np.full(len(order), row), np.full(len(order), column)

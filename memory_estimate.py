@@ -1,7 +1,6 @@
 """How much memory an extraction will need, said before it is run.
 
     estimate_memory     of an extraction from these prompts by this model
-    check_batch_size    refuses what is no number of rows per pass
     estimate            the same from sizes alone: nothing is run, no model is needed
     measure_sizes       the sizes of a model and of what its sites hold, by two short passes
 
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
@@ -27,6 +25,7 @@ from extraction_request import Request, make_request
 from forward_pass import InputError, Recording, Site, record
 from memory_limits import free_bytes, in_words
 from model_architecture import Architecture, Layer
+from sites import check_batch_size
 from tokenization import Positions, Prompt, check_ids, context_length, encode, resolve_positions
 
 if TYPE_CHECKING:
@@ -162,9 +161,8 @@ def measure_sizes(architecture: Architecture, request: Request) -> ModelSizes:
 def _peak(architecture: Architecture, request: Request, length: int) -> tuple[Recording, int]:
     """What a pass over one row keeps of its last token, and the bytes alive at its peak."""
     ids = torch.zeros(1, length, dtype=torch.long, device="cpu")
-    mask = (
-        (torch.arange(length, device="cpu") > 0).long()[None] if length > 1 else None
-    )  # padding, as batches do
+    padded = (torch.arange(length, device="cpu") > 0).long()[None]  # as batches are
+    mask = padded if length > 1 else None
     sites = request.sites or (Site("resid_post", architecture.n_layers - 1),)
     model = architecture.model
     owned = (*model.parameters(), *model.buffers())
@@ -240,18 +238,6 @@ def describe_need(architecture: Architecture, request: Request, length: int, kep
         f"a prompt of {length} tokens needs about {in_words(found.needed)} beside the model's "
         f"{in_words(found.weights)}, and {in_words(found.free)} are free"
     )
-
-
-def check_batch_size(batch_size: Any) -> None:
-    """Refuse a number of rows per pass that is none.
-
-    Raises:
-        InputError: it is no whole number (a truth value is none), or below 1.
-    """
-    if not isinstance(batch_size, int | np.integer) or isinstance(batch_size, bool):
-        raise InputError(f"batch_size must be at least 1, a whole number; came {batch_size!r}")
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1; came {batch_size}")
 
 
 def estimate_memory(

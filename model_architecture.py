@@ -167,10 +167,8 @@ class Architecture:
         fingerprint = hash((self.model.dtype, *map(id, modules_of(self.model))))
         known = _KNOWN.get(self.model)
         if known is None or known[0] != fingerprint:
-            ids = torch.arange(1, PROBE_LENGTH + 1, device="cpu").remainder(self.config.vocab_size)[
-                None
-            ]
-            inputs = self.inputs(ids)
+            ids = torch.arange(1, PROBE_LENGTH + 1, device="cpu").remainder(self.config.vocab_size)
+            inputs = self.inputs(ids[None])
             refuse_encoder(self.model, self.body, inputs)
             if find_mesh(self.model) is not None:
                 share_passes(self.model)

@@ -228,10 +228,8 @@ def _what_attention_reads(
                 if module not in inside and next(module.children(), None) is None:
                     taps += _noting(runs[layer], module)
             stack.enter_context(attached(taps, last=True))
-        ids = torch.arange(1, ROWS + 1, device="cpu").remainder(architecture.config.vocab_size)[
-            :, None
-        ]
-        architecture.body(**architecture.inputs(ids), use_cache=False)
+        ids = torch.arange(1, ROWS + 1, device="cpu").remainder(architecture.config.vocab_size)
+        architecture.body(**architecture.inputs(ids[:, None]), use_cache=False)
     streams = {layer: kept[Site("resid_pre", layer)].flatten(0, -2) for layer in layers}
     return {layer: (streams[layer], read[layer], runs[layer]) for layer in layers}
 

@@ -4,12 +4,15 @@
 - `Site`: a name and a layer. Layer 0 is the first block; the embedding is a site of its own.
 - `Hook`: a function that sees a site's value and may put another in its place.
 - The errors; each is a ValueError or RuntimeError too.
+- `check_count`: whether a number counts something.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -82,3 +85,38 @@ class Site(NamedTuple):
 
 Hook = Callable[[Tensor], Tensor | None]
 """Sees a site's value; returns what shall stand in its place, or None to leave it."""
+
+
+# --- Numbers that count something -----------------------------------------------------------------
+
+
+def is_count(number: Any, most: float = math.inf) -> bool:
+    """Whether it is one integer, of any library, from 1 to ``most``; a truth value is none."""
+    try:
+        whole = operator.index(number)
+    except TypeError:
+        return False
+    return not isinstance(number, bool) and 1 <= whole <= most
+
+
+def check_count(number: Any, name: str) -> None:
+    """Refuse what is no number of things.
+
+    Args:
+        number: What came.
+        name: What it counts, for the message.
+
+    Raises:
+        InputError: it is no integer (a truth value is none), or below 1.
+    """
+    if not is_count(number):
+        raise InputError(f"{name} must be at least 1; came {number!r} (a whole number is wanted)")
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """The same for a number of rows per pass.
+
+    Raises:
+        InputError: see `check_count`.
+    """
+    check_count(batch_size, "batch_size")

@@ -242,11 +242,9 @@ def find_link(architecture: Architecture, writer: Writer, found: Recorded) -> Li
     if through is not None:
         return through
     times = multiple_of(found.at(writer.out), given)
-    return (
-        None
-        if times is None
-        else Link(None, torch.full((1, 1), times, dtype=torch.float64, device="cpu"))
-    )
+    if times is None:
+        return None
+    return Link(None, torch.full((1, 1), times, dtype=torch.float64, device="cpu"))
 
 
 def _through_norm(

@@ -89,6 +89,10 @@ def encode_texts(
 ) -> list[list[int] | None]:
     """Token ids of many texts in one call, several times faster than one by one.
 
+    Args:
+        tokenizer: None where there is none.
+        prompts: Of any kind.
+
     Returns:
         For each prompt its ids; None where it is no text, or one that `encode` refuses.
     """

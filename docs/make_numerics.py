@@ -100,8 +100,8 @@ refuses to mix devices (`tests/accelerator_trials.py`), also while it is PyTorch
 On CUDA (an NVIDIA H200, torch 2.11, `tests/test_cuda.py`) 59 analyses and 27 long calls of 26
 families gave the CPU's numbers, within 2e-4 of the largest one in float32 or what float64 shows to
 be rounding. In float32, bfloat16 and float16 the techniques above agreed with Hugging Face's own
-pass there by the rule of this page; of the sweeps that comparison has not run on CUDA since it was
-mended. Nothing was measured on MPS.
+pass there by the rule of this page (steering in the first two); of the sweeps, and of OPT's
+neurons, that comparison has not run on CUDA since it was mended. Nothing was measured on MPS.
 
 ## What does not work
 

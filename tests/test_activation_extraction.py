@@ -1,6 +1,7 @@
 """Extraction: against hooks by hand, Hugging Face's own outputs, and one prompt at a time."""
 
 import copy
+import gc
 import io
 import sys
 
@@ -471,3 +472,25 @@ def test_a_loaded_record_is_pickled_by_default(extractor, tmp_path):
     record = extractor.extract_activations("the cat")
     extractor.save_activations(record, tmp_path / "record.pkl")
     assert_equal_records(extractor.load_activations(tmp_path / "record.pkl"), record, 0)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_left_as_it_was(monkeypatch, enabled):
+    """Also after an error while records are made."""
+    extractor, before = activation_extraction.ActivationExtractor(families.build("gpt2")), []
+
+    def noting(*args, **kwargs):
+        before.append(gc.isenabled())
+        raise RuntimeError("on purpose")
+
+    (gc.enable if enabled else gc.disable)()
+    try:
+        extractor.extract_batch_activations([[5, 6], [7]], show_progress=False)
+        assert gc.isenabled() is enabled
+        monkeypatch.setattr(activation_extraction, "assemble_record", noting)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            extractor.extract_batch_activations([[5, 6], [7]], show_progress=False)
+        assert gc.isenabled() is enabled
+        assert before == [False]
+    finally:
+        gc.enable()

@@ -1,5 +1,6 @@
 """Prompts, readable tokens, positions, padding: against the tokenizer's own output, and by hand."""
 
+import math
 import types
 
 import numpy as np
@@ -9,12 +10,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import families
+import tokenization
 from forward_pass import InputError
+from sites import check_count, is_count
 from tokenization import (
     as_ids,
     check_ids,
     context_length,
     encode,
+    encode_texts,
     is_token_ids,
     pad_left,
     resolve_positions,
@@ -285,3 +289,35 @@ def test_rows_are_padded_on_the_left():
 def test_a_pad_id_inside_a_text_is_no_padding():
     _, mask = pad_left([[0, 0, 0], [0, 5]], pad_id=0)
     assert mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+
+
+def test_many_texts_are_encoded_as_each_by_itself(tokenizer, monkeypatch):
+    """In any order, over the ends of chunks, among what is no text and what is refused."""
+    monkeypatch.setattr(tokenization, "TEXTS_AT_ONCE", 4)
+    words = ("the", "cat", "sat", "on", "a", "mat", "\u00e9t\u00e9 \U0001f600")
+    texts = [" ".join(words[: 1 + i % 7]) + "!" * (i % 3) for i in range(23)]
+    prompts = [*texts, [5, 6], "", "bad \ud800", texts[3], CHAT]
+    found = encode_texts(tokenizer, prompts)
+    assert found[:23] == [list(tokenizer(text)["input_ids"]) for text in texts]
+    assert found[23:] == [None, None, None, found[3], None]
+    assert encode_texts(None, prompts) == [None] * len(prompts)
+    assert encode_texts(tokenizer, [[1], [2, 3]]) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("number", "most", "expected"),
+    [
+        (1, 9, True), (9, 9, True), (np.int64(3), 9, True), (torch.tensor(3), 9, True),
+        (0, 9, False), (10, 9, False), (True, 9, False), (2.0, 9, False), ("3", 9, False),
+        (None, 9, False), (torch.tensor(2.5), 9, False), (10**9, math.inf, True),
+    ],
+)  # fmt: skip
+def test_what_counts_things(number, most, expected):
+    assert is_count(number, most) is expected
+    if most == math.inf:
+        return
+    if is_count(number):
+        check_count(number, "k")
+    else:
+        with pytest.raises(InputError, match="k must be at least 1; came"):
+            check_count(number, "k")
